@@ -1,0 +1,1 @@
+"""Visual question answering for rllava: data sets and rewards."""

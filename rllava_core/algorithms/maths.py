@@ -1,0 +1,61 @@
+"""Shared maths of policy-gradient algorithms: groups, divergences, aggregation, clipping."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def group_mean(values: Tensor, group: Tensor) -> Tensor:
+    """[N] mean over each value's group. values: [N]; group: [N] integer labels."""
+    same = _same(group, values)
+    return (same @ values) / same.sum(1)
+
+
+def group_std(values: Tensor, group: Tensor) -> Tensor:
+    """[N] sample standard deviation (n − 1) of each value's group; zero for a group of one."""
+    same = _same(group, values)
+    centred = values - group_mean(values, group)
+    return ((same @ centred**2) / (same.sum(1) - 1).clamp(min=1)).sqrt()
+
+
+def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Estimate of KL(π ‖ π_ref) from samples of π, elementwise (J. Schulman, "Approximating KL divergence", 2020).
+
+    With r = log π_ref − log π: k1 = −r (unbiased), k2 = r²/2 (low variance), k3 = exp(r) − 1 − r (unbiased, ≥ 0).
+    """
+    log_ratio = reference - logprobs
+    if estimator == "k1":
+        return -log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def aggregation_weights(
+    decisions: Tensor, mode: Literal["sequence", "token", "constant"], length: int | None = None
+) -> Tensor:
+    """[D] weight of each decision in the loss. decisions: [N] number of decisions of each trajectory.
+
+    sequence: 1/(N·T_i); token: 1/D; constant: 1/(N·length).
+    """
+    count = len(decisions)
+    if mode == "sequence":
+        per_trajectory = 1.0 / (count * decisions.to(torch.float32))
+    elif mode == "token":
+        per_trajectory = torch.full((count,), 1.0 / float(decisions.sum()))
+    else:
+        assert length is not None
+        per_trajectory = torch.full((count,), 1.0 / (count * length))
+    return per_trajectory.repeat_interleave(decisions)
+
+
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """The clipped surrogate min(ρA, clip(ρ, 1 − low, 1 + high)·A), elementwise (arXiv:1707.06347, eq. 7)."""
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def _same(group: Tensor, values: Tensor) -> Tensor:
+    return (group[:, None] == group[None, :]).to(values.dtype)  # [N, N]

@@ -1,0 +1,110 @@
+"""`rllava eval`: greedy answers on what was held out, for a config's model or for what a run has trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rllava_core.training.evaluation import Evaluation
+
+
+@click.command()
+@click.argument("target", metavar="CONFIG|RUN_DIR", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+@click.option("--checkpoint", type=int, metavar="STEP", help="Of a run: the checkpoint of this step; default: the last.")
+@click.option("--swap-images", is_flag=True, help="Ask each question with another example's images: are they seen?")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write every answer as a line of JSON; default for a run: RUN_DIR/eval/answers.jsonl.",
+)
+def evaluate(
+    target: Path, overrides: tuple[str, ...], checkpoint: int | None, swap_images: bool, output: Path | None
+) -> None:
+    """Evaluate a CONFIG's model, or what the run in RUN_DIR has trained, on held-out episodes."""
+    from rllava_core.config import load
+    from rllava_core.errors import ConfigError
+    from rllava_core.plugins import load_plugins
+
+    is_run = target.is_dir()
+    if is_run and not (target / "config.yaml").is_file():
+        raise ConfigError(f"{target} is no run directory: it holds no config.yaml")
+    if checkpoint is not None and not is_run:
+        raise ConfigError("--checkpoint needs a run directory, not a config")
+    resolved = load(target / "config.yaml" if is_run else target, overrides, load_plugins())
+
+    from rllava_core.cli.display import quiet_libraries
+    from rllava_core.training.build import build_parts
+    from rllava_core.training.episodes import Episodes
+    from rllava_core.training.evaluation import evaluate as run
+
+    quiet_libraries()
+    weights = _checkpoint(target, checkpoint) if is_run else None
+    parts = build_parts(resolved, weights, learning=False)
+    episodes = Episodes(parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens)
+    training = resolved.run.training
+    result = run(
+        parts.task, episodes, training.eval_episodes, training.seed, training.prompts_per_step, swap_images=swap_images
+    )
+    if output is None and is_run:
+        output = target / "eval" / ("answers-swapped-images.jsonl" if swap_images else "answers.jsonl")
+    if output is not None:
+        _write_answers(output, result)
+    _show(result, weights or target, swap_images, output)
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    from rllava_core.errors import ConfigError
+    from rllava_core.training.checkpoint import available
+
+    found = dict(available(run / "checkpoints"))
+    if not found:
+        raise ConfigError(f"{run} holds no checkpoint yet")
+    if step is not None and step not in found:
+        raise ConfigError(f"{run} holds no checkpoint of step {step}; it holds {', '.join(map(str, found))}")
+    return found[step if step is not None else max(found)]
+
+
+def _write_answers(path: Path, result: Evaluation) -> None:
+    from rllava_core.training.storage import write_text, writing
+
+    lines = [
+        json.dumps(
+            {
+                "name": trajectory.name,
+                "answer": trajectory.answer,
+                "right_answer": trajectory.example.answer if trajectory.example else None,
+                "success": success,
+                "return": trajectory.episode_return,
+                **{f"reward/{name}": value for name, value in trajectory.scores.items()},
+            },
+            ensure_ascii=False,
+        )
+        for trajectory, success in zip(result.trajectories, result.successes, strict=True)
+    ]
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "\n".join(lines) + "\n")
+
+
+def _show(result: Evaluation, weights: Path, swapped: bool, output: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    title = f"{result.episodes} held-out episodes, greedy" + (", images swapped" if swapped else "")
+    table = Table(title=title)
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_row("success rate", f"{result.success_rate:.4f}")
+    table.add_row("return", f"{result.return_mean:.4f}")
+    for name, value in result.scores.items():
+        table.add_row(f"reward {name}", f"{value:.4f}")
+    console.print(f"Weights: {weights}")
+    console.print(table)
+    if output is not None:
+        console.print(f"Every answer is in {output}")

@@ -1,0 +1,1 @@
+"""Engines: who computes gradients and who samples. The protocols, and the local ones."""

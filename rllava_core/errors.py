@@ -1,0 +1,47 @@
+"""The one family of errors a user meets: each message says what happened, where, and what would be right.
+
+The command line prints the message alone and exits with `exit_code`: 2 for a wrong command, config or input, 1 for a
+run that failed after it had begun.
+"""
+
+
+class RllavaError(Exception):
+    """Base of every error that rllava raises for a user to read."""
+
+    exit_code = 1
+
+
+class ConfigError(RllavaError):
+    """A config, an override or a command that cannot be carried out as written."""
+
+    exit_code = 2
+
+
+class PluginError(RllavaError):
+    """A plugin or component that was asked for is missing, broken, incompatible or ambiguous."""
+
+    exit_code = 2
+
+
+class DataError(RllavaError):
+    """An example, an image or a data file that cannot be used."""
+
+    exit_code = 2
+
+
+class ModelError(RllavaError):
+    """A model directory that cannot be loaded, or an input that the model cannot take."""
+
+    exit_code = 2
+
+
+class RewardError(RllavaError):
+    """A reward function that raised, or returned something other than one finite number a trajectory."""
+
+
+class InvariantError(RllavaError):
+    """A batch that must not be trained on: tokens, images, positions or log-probs do not fit together."""
+
+
+class TrainingError(RllavaError):
+    """A run that cannot go on: a non-finite loss, a disk that is full, a checkpoint that cannot be read."""

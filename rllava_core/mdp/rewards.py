@@ -1,0 +1,111 @@
+"""Reward functions: of trajectories, each reported by its own name, combined by weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from rllava_core.errors import RewardError, RllavaError
+from rllava_core.mdp.trajectory import Trajectory
+
+
+class Reward(Protocol):
+    """A function of a batch of trajectories. The target of a `reward` component, called with its config.
+
+    Returns one finite number a trajectory, in order. Called once a step with the whole batch, so that a reward may
+    compare trajectories or make its calls to the outside concurrently.
+    """
+
+    def __call__(self, trajectories: Sequence[Trajectory], /) -> Sequence[float]: ...
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """One entry of `task.rewards`."""
+
+    name: str
+    weight: float
+    function: Reward
+
+
+def score(trajectories: Sequence[Trajectory], rewards: Sequence[WeightedReward]) -> list[Trajectory]:
+    """Trajectories with `scores` by name and their weighted sum filled in.
+
+    Raises RewardError that names the reward and the example if a function raises, returns another number of values,
+    or a value that is not a finite number.
+    """
+    columns = {reward.name: _values(reward, trajectories) for reward in rewards}
+    weights = {reward.name: reward.weight for reward in rewards}
+    scored = []
+    for index, trajectory in enumerate(trajectories):
+        scores = {name: column[index] for name, column in columns.items()}
+        total = sum(weights[name] * value for name, value in scores.items())
+        scored.append(replace(trajectory, scores=scores, score=total))
+    return scored
+
+
+def succeeded(trajectory: Trajectory, primary: str | None) -> bool:
+    """Whether an episode succeeded.
+
+    What `info["success"]` says, else whether the primary reward (the first of the task) is 1, else a positive return.
+    """
+    if "success" in trajectory.info:
+        return bool(trajectory.info["success"])
+    if primary is not None:
+        return trajectory.scores[primary] >= 1.0 - 1e-6
+    return trajectory.episode_return > 0
+
+
+def _values(reward: WeightedReward, trajectories: Sequence[Trajectory]) -> list[float]:
+    try:
+        answer: object = reward.function(trajectories)
+        if not isinstance(answer, Iterable):
+            raise RewardError(
+                f"reward {reward.name!r} returned {answer!r} for {len(trajectories)} trajectories; it must return a "
+                "list of one number for each"
+            )
+        returned = list(answer)
+    except RllavaError:
+        raise
+    except Exception as error:
+        culprit = _find_culprit(reward, trajectories)
+        raise RewardError(
+            f"reward {reward.name!r} raised {type(error).__name__}: {error} ({culprit}); nothing was trained on it"
+        ) from error
+    if len(returned) != len(trajectories):
+        raise RewardError(
+            f"reward {reward.name!r} returned {len(returned)} values for {len(trajectories)} trajectories "
+            f"(first: {_describe(trajectories[0])}); it must return one number for each"
+        )
+    values = []
+    for trajectory, value in zip(trajectories, returned, strict=True):
+        try:
+            if isinstance(value, str | bytes):  # which float() would read
+                raise TypeError
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise RewardError(
+                f"reward {reward.name!r} returned {value!r} for {_describe(trajectory)}; it must return a number"
+            ) from None
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward {reward.name!r} returned {number} for {_describe(trajectory)}; it must be finite"
+            )
+        values.append(number)
+    return values
+
+
+def _find_culprit(reward: WeightedReward, trajectories: Sequence[Trajectory]) -> str:
+    """Which trajectory makes the reward raise, tried one by one only after the batch has failed."""
+    for trajectory in trajectories:
+        try:
+            list(reward.function([trajectory]))
+        except Exception:  # noqa: BLE001 - looking for it; the caller raises the original error
+            return f"on {_describe(trajectory)}"
+    return f"on a batch of {len(trajectories)}, but on none of them alone"
+
+
+def _describe(trajectory: Trajectory) -> str:
+    return f"example {trajectory.name}, answer {trajectory.answer[:80]!r}"

@@ -1,0 +1,89 @@
+"""The contract of a model family: everything the core needs to know of a vision-language model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import LongTensor, Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Message
+
+Features = Mapping[str, Tensor]
+"""One preprocessed image, on the CPU: what the model's image processor makes of it."""
+
+
+class ModelAdapter(Protocol):
+    """A model family. The target of a `model` component, called with its config (a `ModelConfig`).
+
+    pad_token: token id for padding; never an image placeholder.
+    end_of_turn: token ids, any of which ends the assistant's turn.
+    image_token: token id of the image placeholder; a rendered prompt holds one for each image feature.
+    forbidden_tokens: ids that may never be sampled: placeholders, and ids for which the tokenizer has no token.
+    context_length: longest sequence, in tokens, that the model's positions allow.
+    """
+
+    pad_token: int
+    end_of_turn: tuple[int, ...]
+    image_token: int
+    forbidden_tokens: tuple[int, ...]
+    context_length: int
+
+    def load(self) -> PreTrainedModel:
+        """The model with its language head. Raises ModelError. Called before anything else, and again for a copy."""
+        ...
+
+    def preprocess(self, image: Image) -> Features:
+        """Resize, normalise, cut into patches. Raises DataError that names the image."""
+        ...
+
+    def feature_count(self, features: Features) -> int:
+        """How many image tokens this image becomes."""
+        ...
+
+    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
+        """Token ids of a conversation up to where the assistant answers, image placeholders expanded."""
+        ...
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text: no special token is parsed or added."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of sampled tokens, special tokens left out."""
+        ...
+
+    def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> LongTensor:
+        """[axes, T] position ids of a piece of a sequence whose first position is `start`; 1 axis, or 3 for M-RoPE.
+
+        The next piece starts at the largest of them plus one.
+        """
+        ...
+
+    def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        """The images of a batch, in reading order, as the model's keyword arguments."""
+        ...
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokens: Tensor,  # [N, T]
+        attention_mask: Tensor,  # [N, S + T], S tokens in the cache
+        positions: Tensor,  # [axes, N, T]
+        media: Mapping[str, Tensor],
+        cache: Cache,
+    ) -> Tensor:
+        """[N, T, H] last hidden states (after the final norm); appends to `cache`. Differentiable."""
+        ...
+
+    def lm_head(self, model: PreTrainedModel) -> nn.Module:
+        """The module that maps hidden states to logits over the vocabulary."""
+        ...
+
+    def save(self, model: PreTrainedModel, directory: Path) -> None:
+        """Write a standard transformers checkpoint: weights, config, processor."""
+        ...

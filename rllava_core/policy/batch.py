@@ -1,0 +1,319 @@
+"""Batches of a policy: contexts in, decisions out, and nothing computed twice.
+
+What a batch holds, and why. Many trajectories share their beginning (a group shares its prompt with its images), and
+many decisions share their state. So a batch is a set of distinct *prefixes*, a set of distinct *branches* that
+continue a prefix, and *reads*: distinct positions whose hidden state is used. The policy runs each prefix once, then
+all branches on top of the prefixes' key-value cache, through which gradients flow. Every decision points at a read.
+
+- A text decision is one token: its log-prob under the state that it was sampled in.
+- A choice is one decision: the scores of all choices (sums of their tokens' log-probs), normalised over the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.policy.adapter import Features, ModelAdapter
+from rllava_core.policy.checks import check_context, check_trajectory
+from rllava_core.policy.media import MediaStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """P prefixes, B branches, R reads, K scored tokens, U states with choices, D decisions. Padded on the right.
+
+    Index tensors use -1 for padding.
+    """
+
+    prefix_tokens: Tensor  # [P, S]
+    prefix_mask: Tensor  # [P, S]
+    prefix_positions: Tensor  # [axes, P, S]
+    prefix_media: dict[str, Tensor]
+    next_position: Tensor  # [P], where a continuation of each prefix starts
+    branch_prefix: Tensor  # [B], which prefix each branch continues
+    branch_tokens: Tensor  # [B, T]
+    branch_mask: Tensor  # [B, T]
+    branch_positions: Tensor  # [axes, B, T]
+    branch_media: dict[str, Tensor]
+    read_from: Tensor  # [R], into the last hidden state of each prefix, then all of each branch: [P + B·T]
+    scored_read: Tensor  # [K], ascending, into reads
+    scored_token: Tensor  # [K]
+    choice_tokens: Tensor  # [U, C, L], into scored tokens
+    state_read: Tensor  # [U], into reads: the state in which a choice is made
+    decision_read: Tensor  # [D], into reads: the state in which each decision is made
+    decision_logprob: Tensor  # [D], into scored tokens, then the flattened [U, C] choices: [K + U·C]
+    decision_entropy: Tensor  # [D], into reads, then states: [R + U]
+
+    def to(self, device: torch.device) -> PolicyBatch:
+        """The same batch on a device."""
+
+        def moved(value: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=True)
+            return {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
+
+        return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
+
+
+class BatchBuilder:
+    """Collects contexts, states and decisions, each distinct one once, and pads them into a `PolicyBatch`."""
+
+    def __init__(self, adapter: ModelAdapter, media: MediaStore) -> None:
+        self._adapter = adapter
+        self._media = media
+        self._prefixes = _Numbered[_Piece]()
+        self._branches = _Numbered[tuple[int, _Piece]]()
+        self._reads = _Numbered[_Place]()
+        self._scored = _Numbered[tuple[int, int]]()  # (read, token)
+        self._states = _Numbered[tuple[int, tuple[tuple[int, ...], ...]]]()  # (read, scored tokens of each choice)
+        self._decisions: list[_Decision] = []
+        # The members of a group repeat each other's prompts, answers and choices.
+        self._known_pieces: dict[object, _Piece] = {}
+        self._known_states: dict[object, int] = {}
+
+    def add_context(self, segments: Sequence[Segment], name: str) -> int:
+        """A whole context as one prefix, for sampling. Returns its number; `name` is for messages."""
+        return self._prefixes.add(self._piece(segments, 0, name))
+
+    def add_choices(self, prefix: int, choices: Sequence[tuple[int, ...]]) -> int:
+        """The state at the end of a prefix with its discrete actions as token ids. Returns the state's number."""
+        return self._state(prefix, None, self._piece((), self._prefixes[prefix].next_position, ""), choices)
+
+    def add_trajectory(self, trajectory: Trajectory) -> None:
+        """Every decision of a trajectory, in order. Raises InvariantError, with its name, if it must not be trained on.
+
+        The prefix is its prompt; everything after it is a branch.
+        """
+        check_trajectory(trajectory, self._adapter)
+        prompt, rest = trajectory.segments[:1], trajectory.segments[1:]
+        prefix = self._prefixes.add(self._piece(prompt, 0, trajectory.name))
+        tail = self._piece(rest, self._prefixes[prefix].next_position, trajectory.name)
+        # One branch serves all decisions; the last of them is predicted, so nothing after its state is needed.
+        last = rest[-1]
+        unread = 1 if isinstance(last, ActionSegment) and last.choice is None else len(last.tokens)
+        branch = self._branch(prefix, tail.cut(len(tail.tokens) - unread))
+        offset = 0
+        for segment in rest:
+            if isinstance(segment, ActionSegment):
+                self._add_decisions(prefix, branch, tail, offset, segment)
+            offset += len(segment.tokens)
+
+    def build(self) -> PolicyBatch:
+        """Everything that was added, padded."""
+        prefixes = list(self._prefixes)
+        branches = [piece for _, piece in self._branches]
+        prefix_tokens, prefix_mask, prefix_positions = self._pad(prefixes)
+        branch_tokens, branch_mask, branch_positions = self._pad(branches)
+        width = branch_tokens.shape[1]
+        # The language head goes through the reads in order, so scored tokens are sorted by their read.
+        scored = sorted(range(len(self._scored)), key=lambda number: self._scored[number][0])
+        rank = {number: position for position, number in enumerate(scored)}
+        widest = max((len(choices) for _, choices in self._states), default=0)
+        longest = max((len(tokens) for _, choices in self._states for tokens in choices), default=0)
+        choice_tokens = torch.full((len(self._states), widest, longest), -1)
+        for state, (_, choices) in enumerate(self._states):
+            for choice, numbers in enumerate(choices):
+                choice_tokens[state, choice, : len(numbers)] = torch.tensor([rank[number] for number in numbers])
+        first_choice, first_state = len(scored), len(self._reads)
+        return PolicyBatch(
+            prefix_tokens=prefix_tokens,
+            prefix_mask=prefix_mask,
+            prefix_positions=prefix_positions,
+            prefix_media=self._collate(prefixes),
+            next_position=_integers(piece.next_position for piece in prefixes),
+            branch_prefix=_integers(prefix for prefix, _ in self._branches),
+            branch_tokens=branch_tokens,
+            branch_mask=branch_mask,
+            branch_positions=branch_positions,
+            branch_media=self._collate(branches),
+            read_from=_integers(place.index(len(prefixes), width) for place in self._reads),
+            scored_read=_integers(self._scored[number][0] for number in scored),
+            scored_token=_integers(self._scored[number][1] for number in scored),
+            choice_tokens=choice_tokens,
+            state_read=_integers(read for read, _ in self._states),
+            decision_read=_integers(decision.read for decision in self._decisions),
+            decision_logprob=_integers(
+                rank[decision.scored]
+                if decision.state is None
+                else first_choice + decision.state * widest + decision.choice
+                for decision in self._decisions
+            ),
+            decision_entropy=_integers(
+                decision.read if decision.state is None else first_state + decision.state
+                for decision in self._decisions
+            ),
+        )
+
+    def _add_decisions(
+        self, prefix: int, branch: int | None, tail: _Piece, offset: int, action: ActionSegment
+    ) -> None:
+        if action.choice is not None and action.choices is not None:
+            state = self._state(prefix, branch, tail.cut(offset), action.choices)
+            self._decisions.append(_Decision(self._states[state][0], state=state, choice=action.choice))
+            return
+        for step, token in enumerate(action.tokens):
+            read = self._read(prefix, branch, offset + step)
+            self._decisions.append(_Decision(read, scored=self._scored.add((read, token))))
+
+    def _state(
+        self, prefix: int, branch: int | None, history: _Piece, choices: Sequence[tuple[int, ...]]
+    ) -> int:
+        """The state after `history`, which `branch` (or the prefix alone) begins with, and its choices.
+
+        A choice of several tokens is scored along a branch of its own; its last token needs no forward pass, so
+        choices of one token cost nothing beyond the state itself.
+        """
+        key = (prefix, history, tuple(choices))
+        if key in self._known_states:
+            return self._known_states[key]
+        offset = len(history.tokens)
+        read = self._read(prefix, branch, offset)
+        scored = []
+        for choice in choices:
+            own = self._branch(prefix, self._extended(history, choice[:-1])) if len(choice) > 1 else None
+            reads = [read, *(self._read(prefix, own, offset + step) for step in range(1, len(choice)))]
+            scored.append(tuple(self._scored.add(pair) for pair in zip(reads, choice, strict=True)))
+        state = self._known_states[key] = self._states.add((read, tuple(scored)))
+        return state
+
+    def _branch(self, prefix: int, piece: _Piece) -> int | None:
+        return self._branches.add((prefix, piece)) if piece.tokens else None
+
+    def _read(self, prefix: int, branch: int | None, offset: int) -> int:
+        return self._reads.add(_Place(prefix, None, 0) if offset == 0 else _Place(prefix, branch, offset))
+
+    def _piece(self, segments: Sequence[Segment], start: int, name: str) -> _Piece:
+        key = (start, tuple((segment.tokens, _images(segment)) for segment in segments))
+        if key in self._known_pieces:
+            return self._known_pieces[key]
+        piece = _Piece((), (), (), torch.zeros(0, 0, dtype=torch.long), start)
+        for segment in segments:
+            images = _images(segment)
+            features = self._media.features(images)
+            if isinstance(segment, ContextSegment):
+                check_context(segment, features, self._adapter, name)
+            piece = self._extended(piece, segment.tokens, images, features)
+        self._known_pieces[key] = piece
+        return piece
+
+    def _extended(
+        self, piece: _Piece, tokens: tuple[int, ...], images: Sequence[Image] = (), features: Sequence[Features] = ()
+    ) -> _Piece:
+        positions = self._adapter.positions(tokens, features, piece.next_position)
+        end = len(piece.tokens) + len(tokens)
+        return _Piece(
+            piece.tokens + tokens,
+            piece.digests + tuple((image.digest, end) for image in images),
+            piece.features + tuple(features),
+            torch.cat([piece.positions, positions], dim=1) if piece.tokens else positions,
+            int(positions.max()) + 1 if tokens else piece.next_position,
+        )
+
+    def _pad(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor, Tensor]:
+        """tokens [N, T], mask [N, T], positions [axes, N, T]."""
+        width = max((len(piece.tokens) for piece in pieces), default=0)
+        axes = self._prefixes[0].positions.shape[0]
+        tokens = torch.full((len(pieces), width), self._adapter.pad_token)
+        mask = torch.zeros(len(pieces), width, dtype=torch.long)
+        positions = torch.zeros(axes, len(pieces), width, dtype=torch.long)
+        for number, piece in enumerate(pieces):
+            length = len(piece.tokens)
+            tokens[number, :length] = torch.tensor(piece.tokens)
+            mask[number, :length] = 1
+            positions[:, number, :length] = piece.positions
+        return tokens, mask, positions
+
+    def _collate(self, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+        features = [item for piece in pieces for item in piece.features]
+        return self._adapter.collate(features) if features else {}
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A run of tokens with its images and positions. Equal if tokens, images and start are equal."""
+
+    tokens: tuple[int, ...]
+    digests: tuple[tuple[str, int], ...]  # (content, end of the segment that shows it)
+    features: tuple[Features, ...]
+    positions: Tensor  # [axes, T]
+    next_position: int
+
+    def cut(self, length: int) -> _Piece:
+        """The first `length` tokens, with the images of the segments that end within them."""
+        if length >= len(self.tokens):
+            return self
+        kept = sum(1 for _, end in self.digests if end <= length)
+        positions = self.positions[:, :length]
+        following = int(self.positions[:, length].min())  # cuts fall on segment borders or between text tokens
+        return _Piece(self.tokens[:length], self.digests[:kept], self.features[:kept], positions, following)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Piece) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return self.tokens, self.digests
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The state after `offset` tokens of a branch; offset 0 is the end of the prefix itself."""
+
+    prefix: int
+    branch: int | None
+    offset: int
+
+    def index(self, prefixes: int, width: int) -> int:
+        """Into the last hidden state of each prefix, then all of each branch."""
+        return self.prefix if self.branch is None else prefixes + self.branch * width + self.offset - 1
+
+
+@dataclass(frozen=True)
+class _Decision:
+    read: int
+    scored: int = -1
+    state: int | None = None
+    choice: int = -1
+
+
+class _Numbered(Generic[T]):
+    """Distinct items, numbered in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[T, int] = {}
+        self._items: list[T] = []
+
+    def add(self, item: T) -> int:
+        number = self._numbers.setdefault(item, len(self._items))
+        if number == len(self._items):
+            self._items.append(item)
+        return number
+
+    def __getitem__(self, number: int) -> T:
+        return self._items[number]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items)
+
+
+def _images(segment: Segment) -> tuple[Image, ...]:
+    return segment.images if isinstance(segment, ContextSegment) else ()
+
+
+def _integers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long)

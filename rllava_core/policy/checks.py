@@ -1,0 +1,80 @@
+"""Fail closed: what must hold before a batch is trained on. A violation is an error that names the trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rllava_core.errors import InvariantError, ModelError
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.policy.adapter import Features, ModelAdapter
+
+
+def check_context(segment: ContextSegment, features: Sequence[Features], adapter: ModelAdapter, name: str) -> None:
+    """Image tokens = image features. Raises InvariantError."""
+    placeholders = segment.tokens.count(adapter.image_token)
+    expected = sum(adapter.feature_count(item) for item in features)
+    if placeholders != expected:
+        raise InvariantError(
+            f"{name}: {placeholders} image tokens for {len(features)} images with {expected} features; "
+            "the prompt was cut through an image, or its text contains the placeholder"
+        )
+
+
+def check_length(length: int, adapter: ModelAdapter, name: str) -> None:
+    """Nothing is ever truncated: a sequence that is too long is refused. Raises ModelError."""
+    if length > adapter.context_length:
+        raise ModelError(
+            f"{name}: {length} tokens, the model's context is {adapter.context_length}; "
+            "use smaller images, a shorter prompt or fewer new tokens"
+        )
+
+
+def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
+    """Segments, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError."""
+    name = trajectory.name
+    segments = trajectory.segments
+    if not isinstance(segments[0], ContextSegment) or not isinstance(segments[-1], ActionSegment):
+        raise InvariantError(f"{name}: a trajectory begins with a prompt and ends with an action")
+    check_length(sum(len(segment.tokens) for segment in segments), adapter, name)
+    for turn, action in enumerate(trajectory.actions):
+        where = f"{name}, turn {turn + 1}"
+        if not action.tokens:
+            raise InvariantError(f"{where}: an action without tokens")
+        if action.logprobs.shape != (action.decisions,):
+            raise InvariantError(f"{where}: {action.logprobs.shape} log-probs for {action.decisions} decisions")
+        if not np.isfinite(action.logprobs).all() or (action.logprobs > 1e-4).any():
+            raise InvariantError(f"{where}: behaviour log-probs must be finite and not positive: {action.logprobs}")
+        if action.choice is not None:
+            if action.choices is None or not 0 <= action.choice < len(action.choices):
+                raise InvariantError(f"{where}: choice {action.choice} of {action.choices}")
+            if action.choices[action.choice] != action.tokens:
+                raise InvariantError(f"{where}: the tokens are not those of choice {action.choice}")
+        forbidden = set(action.tokens).intersection(adapter.forbidden_tokens)
+        if forbidden:
+            raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {sorted(forbidden)}")
+
+
+def check_recomputed(
+    trajectories: Sequence[Trajectory], logprobs: torch.Tensor, limit: float
+) -> float:
+    """Mean |behaviour log-prob − recomputed| in nats, of a policy that has not changed since it sampled.
+
+    A gap beyond `limit` means that what is trained is not what was sampled (another image, another position, another
+    mask). Raises InvariantError that names the worst trajectory.
+    """
+    recomputed = logprobs.detach().float().cpu().numpy()
+    recorded = np.concatenate([trajectory.behaviour_logprobs for trajectory in trajectories])
+    gaps = np.abs(recomputed - recorded)
+    mean = float(gaps.mean())
+    if not mean <= limit:
+        worst = int(np.nanargmax(gaps)) if not np.isnan(gaps).all() else 0
+        ends = np.cumsum([trajectory.decisions for trajectory in trajectories])
+        culprit = trajectories[int(np.searchsorted(ends, worst, side="right"))]
+        raise InvariantError(
+            f"log-probs while sampling and recomputed differ by {mean:.3g} nats on average (limit {limit:g}); "
+            f"worst on {culprit.name}: {recorded[worst]:.4f} sampled, {recomputed[worst]:.4f} recomputed"
+        )
+    return mean

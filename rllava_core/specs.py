@@ -1,0 +1,74 @@
+"""What a plugin says about itself: data, not objects, so that listing plugins imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import pluggy
+
+HOOK_API = "1.0"
+"""Version of the hook specifications. `rllava-core` has the same major version, so a plugin's ordinary requirement
+`rllava-core>=1,<2` says which contract it was written for, and can be checked before its module is imported."""
+
+ENTRY_POINT_GROUP = "rllava"
+
+Kind = Literal["model", "algorithm", "reward", "engine", "environment", "dataset"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+hookimpl = pluggy.HookimplMarker("rllava")
+"""Marks a function of a plugin's module as the implementation of the hook of the same name."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
+_TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSpec:
+    """One thing a plugin provides: a model adapter, an algorithm, a reward, an engine, an environment or a data set.
+
+    name: what a config writes to choose it; lower case, digits, `_` and `-`.
+    target: `module:attribute` of the class, imported when a run resolves it, never to list it. It is called with the
+        validated config model (environments also with the task section).
+    config: `module:attribute` of its pydantic model, in a module that imports neither torch nor transformers; None
+        for a component without options.
+    provides, needs: capabilities, matched before any weight is loaded: what an algorithm needs, the model, the
+        engines and the environment together must provide.
+
+    Capabilities the core knows: engines provide `train` or `rollout`; a rollout engine that returns the log-prob of
+    each action it samples provides `logprobs`; a model whose policy can carry heads on its hidden states provides
+    `heads`; an environment with a discrete action set provides `choices`.
+
+    Raises ValueError for a name or a target of the wrong form.
+    """
+
+    name: str
+    target: str
+    config: str | None = None
+    summary: str = ""
+    provides: frozenset[str] = field(default=frozenset())
+    needs: frozenset[str] = field(default=frozenset())
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"component name {self.name!r}: use lower-case letters, digits, '_' and '-'")
+        for role in ("target", "config"):
+            value = getattr(self, role)
+            if value is None and role == "config":
+                continue
+            if not isinstance(value, str) or not _TARGET.fullmatch(value):
+                raise ValueError(f"{role} {value!r} of component {self.name!r}: expected 'package.module:Class'")
+        for role in ("provides", "needs"):
+            value = getattr(self, role)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{role} of component {self.name!r}: expected a set of strings, got {value!r}")
+            object.__setattr__(self, role, frozenset(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInfo:
+    """What `rllava plugins` says of a plugin as a whole."""
+
+    summary: str = ""
+    homepage: str = ""

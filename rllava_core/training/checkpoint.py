@@ -1,0 +1,101 @@
+"""Checkpoints: a standard transformers checkpoint, and beside it, in `resume/`, what going on exactly needs.
+
+Randomness is a function of (seed, step) and the place in the data of the step, so neither needs to be stored: the step
+number holds both. A checkpoint is written under another name, flushed, and renamed, so that it is there whole or not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from rllava_core.errors import RllavaError, TrainingError
+from rllava_core.training.build import Parts
+from rllava_core.training.storage import flush, load_tree, save_tree, writing
+
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    step: how many steps are done.
+    evaluations: first, last and best evaluation so far, as `summary.json` holds them.
+    wall_seconds: spent so far, earlier sessions included.
+    """
+
+    step: int = 0
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    wall_seconds: float = 0.0
+
+
+def save(directory: Path, parts: Parts, progress: Progress) -> Path:
+    """Write `directory/step-NNNNNN`. Raises TrainingError, leaving earlier checkpoints as they were."""
+    target = directory / f"step-{progress.step:06d}"
+    temporary = directory / f".writing-{target.name}"
+    try:
+        with writing(f"checkpoint {target}"):
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "resume").mkdir(parents=True)
+            parts.adapter.save(parts.policy.model, temporary)
+            state = {
+                "heads": parts.policy.heads.state_dict(),
+                "trainer": parts.trainer.state_dict(),
+                "algorithm": parts.algorithm.state_dict(),
+            }
+            save_tree(state, temporary / "resume" / "state")
+            (temporary / "resume" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
+            temporary.rename(target)
+            flush(directory)
+    except TrainingError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def restore(checkpoint: Path, parts: Parts) -> Progress:
+    """Everything but the model's weights, which are loaded with the model. Raises TrainingError for a damaged one."""
+    try:
+        state = load_tree(checkpoint / "resume" / "state")
+        parts.policy.heads.load_state_dict(state["heads"])
+        parts.trainer.load_state_dict(state["trainer"])
+        parts.algorithm.load_state_dict(state["algorithm"])
+        return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))
+    except RllavaError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise TrainingError(
+            f"checkpoint {checkpoint} cannot be resumed from ({type(error).__name__}: {error}); "
+            "remove it to resume from the one before"
+        ) from error
+
+
+def available(directory: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints by step, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in directory.iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and (path / "config.json").is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def prune(directory: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best, and whatever a killed run left half-written."""
+    for _, path in [item for item in available(directory)[:-keep] if item[0] != best_step]:
+        # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
+        doomed = path.with_name(f".writing-{path.name}")
+        path.rename(doomed)
+    for leftover in directory.glob(".writing-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

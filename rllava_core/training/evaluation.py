@@ -1,0 +1,100 @@
+"""Evaluation: greedy episodes on what was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rllava_core.errors import ConfigError, DataError
+from rllava_core.mdp.examples import Example
+from rllava_core.mdp.rewards import score, succeeded
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.training.build import Task
+from rllava_core.training.episodes import Episodes, Start
+from rllava_core.training.seeds import HELD_OUT, SWAP, derive
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What held-out episodes gave.
+
+    success_rate: share of episodes that succeeded (see `rllava_core.mdp.rewards.succeeded`).
+    return_mean: mean episode return.
+    scores: mean of each reward function.
+    successes: of each episode, in order.
+    """
+
+    success_rate: float
+    return_mean: float
+    episodes: int
+    scores: dict[str, float]
+    trajectories: tuple[Trajectory, ...]
+    successes: tuple[bool, ...]
+
+    def summary(self) -> dict[str, float]:
+        """As `summary.json` holds it."""
+        return {
+            "success_rate": self.success_rate,
+            "return_mean": self.return_mean,
+            "episodes": self.episodes,
+        }
+
+
+def evaluate(
+    task: Task, episodes: Episodes, limit: int | None, seed: int, chunk: int, swap_images: bool = False
+) -> Evaluation:
+    """One greedy episode for each held-out example, or for `limit` of them (or of seeds), `chunk` at a time.
+
+    swap_images: every question is asked with the images of another example, which shows whether images are seen.
+    """
+    starts = held_out(task, limit, seed)
+    if swap_images:
+        starts = _swapped(starts, seed)
+    trajectories: list[Trajectory] = []
+    for begin in range(0, len(starts), chunk):
+        played = episodes.play(starts[begin : begin + chunk], group_size=1, seed=None)
+        trajectories += [replace(trajectory, group=begin + trajectory.group) for trajectory in played]
+    trajectories = score(trajectories, task.rewards)
+    successes = tuple(succeeded(trajectory, task.primary) for trajectory in trajectories)
+    return Evaluation(
+        success_rate=float(np.mean(successes)),
+        return_mean=float(np.mean([trajectory.episode_return for trajectory in trajectories])),
+        episodes=len(trajectories),
+        scores={
+            reward.name: float(np.mean([trajectory.scores[reward.name] for trajectory in trajectories]))
+            for reward in task.rewards
+        },
+        trajectories=tuple(trajectories),
+        successes=successes,
+    )
+
+
+def held_out(task: Task, limit: int | None, seed: int) -> list[Start]:
+    """Where held-out episodes begin; the same at every evaluation of a run."""
+    examples = task.examples("held_out")
+    if examples is None:
+        if limit is None:
+            raise ConfigError("training.eval_episodes: set how many, since an environment has no end of seeds")
+        return [Start(None, derive(seed, HELD_OUT, number)) for number in range(limit)]
+    return [
+        Start(example, derive(seed, HELD_OUT, number))
+        for number, example in enumerate(examples[: limit or len(examples)])
+    ]
+
+
+def _swapped(starts: Sequence[Start], seed: int) -> list[Start]:
+    """Each example with the images of another: a random permutation that leaves none in its place."""
+    examples = [start.example for start in starts if start.example is not None]
+    if len(examples) < 2 or any(len(example.images) != len(examples[0].images) for example in examples):
+        raise DataError("swapping images needs two or more held-out examples with equally many images")
+    # A cyclic shift of a random order moves every example.
+    order = np.random.default_rng(derive(seed, SWAP)).permutation(len(examples)).tolist()
+    donors: list[Example] = list(examples)
+    for place, number in enumerate(order):
+        donors[number] = examples[order[place - 1]]
+    return [
+        replace(start, example=replace(example, images=donor.images))
+        for start, example, donor in zip(starts, examples, donors, strict=True)
+    ]

@@ -1,0 +1,282 @@
+"""The training loop: sample, reward, prepare, learn, hand over the weights; and around it evaluate, log and save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
+from rllava_core.config import ResolvedConfig
+from rllava_core.errors import TrainingError
+from rllava_core.mdp.rewards import score, succeeded
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.plugins import Registry
+from rllava_core.policy.checks import check_recomputed
+from rllava_core.policy.policy import PolicyOutput
+from rllava_core.training import checkpoint
+from rllava_core.training.build import Parts, Task, build_parts, device_name
+from rllava_core.training.checkpoint import Progress
+from rllava_core.training.episodes import Episodes, Start
+from rllava_core.training.evaluation import Evaluation, evaluate
+from rllava_core.training.run_directory import RunDirectory
+from rllava_core.training.samples import write_sample
+from rllava_core.training.schedule import learning_rate
+from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
+from rllava_core.training.storage import peak_memory_bytes
+from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
+
+
+class Observer(Protocol):
+    """Who watches a run: the command line's display."""
+
+    def started(self, directory: Path, total_steps: int, resumed_at: int | None) -> None: ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def stepped(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def stopping(self) -> None:
+        """Ctrl-C was pressed; the step under way is finished and saved first."""
+        ...
+
+
+def train(
+    resolved: ResolvedConfig, registry: Registry, directory: RunDirectory, observer: Observer, *, resume: bool
+) -> dict[str, Any]:
+    """Run to the last step, or until interrupted. Returns the summary, which is also written to the run directory.
+
+    Raises RllavaError; what was saved before stays as it is.
+    """
+    check_trackers(resolved.run.training.trackers)
+    latest = directory.open(resolved.run, resume=resume)
+    parts = build_parts(resolved, latest)
+    directory.write_manifest(registry, resolved.run.training.seed, device_name(parts.policy))
+    progress = Progress() if latest is None else checkpoint.restore(latest, parts)
+    observer.started(directory.path, resolved.run.training.steps, None if latest is None else progress.step)
+    return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        registry: Registry,
+        directory: RunDirectory,
+        observer: Observer,
+        parts: Parts,
+        progress: Progress,
+        *,
+        resumed: bool,
+    ) -> None:
+        self.config = resolved.run
+        self.training = resolved.run.training
+        self.registry = registry
+        self.directory = directory
+        self.observer = observer
+        self.parts = parts
+        self.progress = progress
+        self.resumed = resumed
+        self.saved_step = progress.step
+        self.episodes = Episodes(
+            parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens
+        )
+        examples = parts.task.examples("train")
+        self.order = None if examples is None else DataOrder(examples, self.training.seed)
+
+    def execute(self) -> dict[str, Any]:
+        """The loop."""
+        training, progress = self.training, self.progress
+        log = MetricsLog(self.directory.metrics, keep_until=progress.step if self.resumed else -1)
+        trackers = Trackers(training.trackers, self.directory.path, self.config.model_dump(mode="json"))
+        self.registry.hook.rllava_run_start(config=self.config, run_dir=self.directory.path)
+        began = time.perf_counter() - progress.wall_seconds
+        with _Interrupt(self.observer) as interrupt:
+            if not self.resumed:
+                log.write(0, self._evaluate(0))
+            while progress.step < training.steps and not interrupt.requested:
+                metrics = self._step(progress.step)
+                progress.step += 1
+                if _due(training.eval_every, progress.step, training.steps):
+                    metrics |= self._evaluate(progress.step)
+                progress.wall_seconds = time.perf_counter() - began
+                log.write(progress.step, metrics)
+                trackers.write(progress.step, metrics)
+                self.observer.stepped(progress.step, metrics)
+                self.registry.hook.rllava_step_end(step=progress.step, metrics=metrics)
+                if _due(training.save_every, progress.step, training.steps):
+                    self._save()
+            if self.saved_step < progress.step:
+                self._save()
+        trackers.close()
+        summary = {
+            "status": "interrupted" if progress.step < training.steps else "completed",
+            "steps": progress.step,
+            "seed": training.seed,
+            "wall_seconds": round(progress.wall_seconds, 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "eval": progress.evaluations,
+        }
+        self.directory.write_summary(summary)
+        self.registry.hook.rllava_run_end(summary=summary)
+        return summary
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One iteration: everything random in it follows from (seed, step)."""
+        algorithm, trainer = self.parts.algorithm, self.parts.trainer
+        clock = _Clock()
+        seed_everything(derive(self.training.seed, GLOBAL, step))
+        starts = self._starts(step)
+        if algorithm.experience == "rollouts":
+            seed = derive(self.training.seed, SAMPLING, step)
+            trajectories = self.episodes.play(starts, algorithm.group_size, seed)
+        else:
+            trajectories = self.episodes.demonstrate(starts)
+        clock.lap("rollout")
+        trajectories = score(trajectories, self.parts.task.rewards)
+        clock.lap("reward")
+        rate = learning_rate(self.training, step)
+        updates: list[Mapping[str, float]] = []
+        try:
+            for batch in algorithm.prepare(trajectories, trainer):
+                # Before the first update the policy is still the one that sampled.
+                unchanged = not updates and algorithm.experience == "rollouts"
+                loss = self._checked(algorithm.loss, batch) if unchanged else algorithm.loss
+                updates.append(trainer.step(batch, loss, rate))
+        except TrainingError as error:
+            raise TrainingError(f"step {step + 1}: {error}; {self._last_checkpoint()}") from error
+        clock.lap("update")
+        self.parts.sampler.sync(trainer.policy)
+        clock.lap("sync")
+        if self.training.sample_every and step % self.training.sample_every == 0:
+            write_sample(self.directory.trajectories, step + 1, trajectories)
+        return {**describe(trajectories, self.parts.task), **_mean(updates), **clock.laps}
+
+    def _checked(self, loss: LossFunction, batch: Batch) -> LossFunction:
+        """The loss, after a check that what is trained is what was sampled."""
+
+        def checked(micro: Batch, output: PolicyOutput) -> Loss:
+            gap = check_recomputed(micro.trajectories, output.logprobs, self.training.max_logprob_gap)
+            share = len(micro.trajectories) / len(batch.trajectories)
+            result = loss(micro, output)
+            return Loss(result.total, {**result.metrics, "policy/logprob_gap": torch.tensor(gap * share)})
+
+        return checked
+
+    def _starts(self, step: int) -> list[Start]:
+        count = self.training.prompts_per_step
+        seeds = [derive(self.training.seed, EPISODES, step, number) for number in range(count)]
+        if self.order is None:
+            return [Start(None, seed) for seed in seeds]
+        return [Start(example, seed) for example, seed in zip(self.order.take(step * count, count), seeds, strict=True)]
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        clock = _Clock()
+        training = self.training
+        result = evaluate(
+            self.parts.task, self.episodes, training.eval_episodes, training.seed, training.prompts_per_step
+        )
+        summary = result.summary()
+        evaluations = self.progress.evaluations
+        evaluations.setdefault("first", {**summary})
+        evaluations["last"] = {**summary}
+        if "best" not in evaluations or summary["success_rate"] > evaluations["best"]["success_rate"]:
+            evaluations["best"] = {**summary, "step": step}
+        self.observer.evaluated(step, result)
+        clock.lap("eval")
+        scores = {f"eval/{name}": value for name, value in result.scores.items()}
+        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **clock.laps}
+
+    def _save(self) -> None:
+        directory = self.directory.checkpoints
+        checkpoint.save(directory, self.parts, self.progress)
+        self.saved_step = self.progress.step
+        checkpoint.prune(directory, self.training.keep_checkpoints, self.progress.evaluations["best"]["step"])
+
+    def _last_checkpoint(self) -> str:
+        found = checkpoint.available(self.directory.checkpoints)
+        return f"the last good checkpoint is {found[-1][1]}" if found else "no checkpoint had been saved yet"
+
+
+def describe(trajectories: Sequence[Trajectory], task: Task) -> dict[str, float]:
+    """Metrics of a step's trajectories, all but timings."""
+    returns = np.array([trajectory.episode_return for trajectory in trajectories])
+    groups = np.array([trajectory.group for trajectory in trajectories])
+    # A group whose returns are all equal teaches a group-relative algorithm nothing.
+    uniform = [float(np.ptp(returns[groups == group]) == 0) for group in np.unique(groups)]
+    return {
+        "reward/mean": float(returns.mean()),
+        "reward/std": float(returns.std()),
+        **{
+            f"reward/{reward.name}": float(np.mean([trajectory.scores[reward.name] for trajectory in trajectories]))
+            for reward in task.rewards
+        },
+        "rollout/success_rate": float(np.mean([succeeded(trajectory, task.primary) for trajectory in trajectories])),
+        "rollout/uniform_groups": float(np.mean(uniform)),
+        "rollout/action_tokens": float(
+            np.mean([sum(len(action.tokens) for action in trajectory.actions) for trajectory in trajectories])
+        ),
+        "rollout/cut_share": float(np.mean([not trajectory.actions[-1].ended for trajectory in trajectories])),
+    }
+
+
+def _due(every: int, step: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _mean(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps of an iteration."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for update in updates:
+        for name, value in update.items():
+            columns[name].append(value)
+    means = {name: float(np.mean(values)) for name, values in columns.items()}
+    return {**means, "policy/updates": float(len(updates))}
+
+
+class _Clock:
+    """Seconds of each phase, as `time/…` metrics."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[f"time/{name}"] = now - self._last
+        self._last = now
+
+
+class _Interrupt:
+    """The first Ctrl-C asks for a stop after the step under way; the second stops at once."""
+
+    def __init__(self, observer: Observer) -> None:
+        self.requested = False
+        self._observer = observer
+        self._previous: Any = None
+
+    def __enter__(self) -> _Interrupt:
+        # Python delivers signals to the main thread only; elsewhere the caller stops the run its own way.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._observer.stopping()

@@ -1,0 +1,118 @@
+"""The run directory: what is where, whose run it is, and how a run is resumed in it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rllava_core.config import RunConfig, read_yaml
+from rllava_core.errors import ConfigError
+from rllava_core.plugins import Registry
+from rllava_core.specs import HOOK_API
+from rllava_core.training import checkpoint
+from rllava_core.training.storage import write_text, writing
+
+# What may differ when a run is resumed: none of it changes the steps that were already done.
+_MAY_CHANGE = ("steps", "eval_every", "eval_episodes", "save_every", "keep_checkpoints", "sample_every", "trackers")
+
+
+class RunDirectory:
+    """Paths within a run directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.manifest = path / "manifest.json"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.trajectories = path / "trajectories"
+        self.checkpoints = path / "checkpoints"
+
+    def open(self, config: RunConfig, *, resume: bool) -> Path | None:
+        """Prepare the directory for a run. Returns the checkpoint to resume from, if there is one.
+
+        Raises ConfigError if it already holds a run and `resume` is off, or if the run it holds has another config.
+        """
+        if self.config.exists():
+            if not resume:
+                raise ConfigError(
+                    f"{self.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
+                )
+            self._check_same_run(config)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ConfigError(f"{self.path} exists and holds no run: choose an empty or new --run-dir")
+        with writing(f"run directory {self.path}"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, config.to_yaml())
+        found = checkpoint.available(self.checkpoints)
+        return found[-1][1] if found else None
+
+    def write_manifest(self, registry: Registry, seed: int, device: str) -> None:
+        """Versions of everything that computes, the seed, the device, and the state of the code."""
+        manifest = {
+            "core": version("rllava-core"),
+            "hook_api": HOOK_API,
+            "plugins": {plugin.distribution: plugin.version for plugin in registry.plugins if plugin.status == "ok"},
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "accelerate")},
+            "seed": seed,
+            "device": device,
+            "git": _git_state(),
+        }
+        with writing(str(self.manifest)):
+            write_text(self.manifest, json.dumps(manifest, indent=2) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """The outcome of the run."""
+        with writing(str(self.summary)):
+            write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        before, now = read_yaml(self.config), yaml.safe_load(config.to_yaml())
+        for section in (before, now):
+            for key in _MAY_CHANGE:
+                section.get("training", {}).pop(key, None)
+        differences = _differences(before, now, "")
+        if differences:
+            shown = "; ".join(differences[:5])
+            raise ConfigError(
+                f"{self.path} holds a run with another config ({shown}): resume it with the config it began with, "
+                "or choose another --run-dir"
+            )
+
+
+def next_run_directory(root: Path, stem: str, *, resume: bool) -> Path:
+    """`root/stem-001`, `-002`, …: the first that is free, or with `resume` the last that exists."""
+    number = 1
+    while (root / f"{stem}-{number:03d}").exists():
+        number += 1
+    if resume and number > 1:
+        number -= 1
+    return root / f"{stem}-{number:03d}"
+
+
+def _differences(before: Any, now: Any, key: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = list(dict.fromkeys([*before, *now]))
+        return [
+            difference
+            for name in names
+            for difference in _differences(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    return [] if before == now else [f"{key} was {before!r}, is {now!r}"]
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the code in the current directory, and whether it was changed; None outside a repository."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.stdout.strip(), "changed": bool(changed.stdout.strip())}

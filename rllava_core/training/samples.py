@@ -1,0 +1,59 @@
+"""A readable sample of trajectories: Markdown with the images beside it, for people to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.trajectory import ActionSegment, Trajectory
+from rllava_core.training.storage import write_text, writing
+
+
+def write_sample(directory: Path, step: int, trajectories: Sequence[Trajectory], groups: int = 4) -> Path:
+    """`directory/step-NNNNNN.md`: the first `groups` groups, each with its images, answers, log-probs and rewards."""
+    with writing(f"trajectory sample in {directory}"):
+        (directory / "images").mkdir(parents=True, exist_ok=True)
+        sections = [f"# Trajectories of step {step}\n"]
+        for group in sorted({trajectory.group for trajectory in trajectories})[:groups]:
+            members = [trajectory for trajectory in trajectories if trajectory.group == group]
+            sections.append(_section(directory, members))
+        path = directory / f"step-{step:06d}.md"
+        write_text(path, "\n".join(sections))
+    return path
+
+
+def _section(directory: Path, members: Sequence[Trajectory]) -> str:
+    first = members[0]
+    lines = [f"## {first.name}\n"]
+    lines += [f"![image]({_save(directory, image)})\n" for image in first.prompt.images]
+    lines += [f"    {line}" for line in first.prompt.text.splitlines()]
+    if first.example is not None and first.example.answer is not None:
+        lines.append(f"\nRight answer: `{first.example.answer}`")
+    names = list(first.scores)
+    lines.append("\n| answer | log-prob | ended | " + " | ".join([*names, "return"]) + " |")
+    lines.append("|---" * (len(names) + 4) + "|")
+    for trajectory in members:
+        turns = " / ".join(_action(action) for action in trajectory.actions)
+        cells = [
+            turns,
+            f"{trajectory.behaviour_logprobs.sum():.3f}",
+            "yes" if trajectory.actions[-1].ended else "cut",
+            *(f"{trajectory.scores[name]:g}" for name in names),
+            f"{trajectory.episode_return:g}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _action(action: ActionSegment) -> str:
+    text = action.text.encode("unicode_escape").decode().replace("`", "'").replace("|", "\\|")
+    return f"`{text}`" if text else "(nothing)"
+
+
+def _save(directory: Path, image: Image) -> str:
+    name = f"images/{image.digest[:16]}.png"
+    path = directory / name
+    if not path.exists():
+        image.to_pil().save(path)
+    return name

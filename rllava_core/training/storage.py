@@ -1,0 +1,97 @@
+"""State on disk: trees of tensors and plain values as safetensors and JSON, and files that are written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rllava_core.errors import TrainingError
+
+_TENSOR = "__tensor__"
+_KEYS = "__items__"
+
+
+def save_tree(tree: Any, path: Path) -> None:
+    """Write nested dicts, lists and tuples of tensors and JSON values as `path`.json and `path`.safetensors."""
+    tensors: dict[str, Tensor] = {}
+    plain = _detach(tree, (), tensors)
+    path.with_suffix(".json").write_text(json.dumps(plain), encoding="utf-8")
+    save_file(tensors, path.with_suffix(".safetensors"))
+
+
+def load_tree(path: Path) -> Any:
+    """What `save_tree` wrote; tensors on the CPU; tuples come back as lists."""
+    plain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return _attach(plain, load_file(path.with_suffix(".safetensors")))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader, or a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Flush one file, or the names in one directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn a failure to write (a full disk, a missing permission) into one clear TrainingError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{what} could not be written: {error}") from error
+
+
+def _detach(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = ".".join(path)
+        # A copy: safetensors refuses tensors that share memory.
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        # As pairs, since JSON would turn the integer keys of optimizer states into strings.
+        return {_KEYS: [[key, _detach(item, (*path, str(key)), tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_detach(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        return {key: _attach(item, tensors) for key, item in value[_KEYS]}
+    if isinstance(value, list):
+        return [_attach(item, tensors) for item in value]
+    return value
+
+
+def peak_memory_bytes() -> int:
+    """The process's largest resident size so far; on a CUDA device the largest allocation there."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

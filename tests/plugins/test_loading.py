@@ -1,0 +1,342 @@
+"""Plugins are loaded one at a time; one that fails is named with its cause and harms no other."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rllava_core.plugins import Plugin, load_plugins
+
+HEADER = "from rllava_core import ComponentSpec, PluginInfo, hookimpl\n"
+
+HEALTHY = (
+    HEADER
+    + """
+@hookimpl
+def rllava_plugin_info():
+    return PluginInfo(summary="An example.")
+
+@hookimpl
+def rllava_algorithms():
+    yield ComponentSpec(name="example", target="rllava_example:Example", summary="Does little.")
+"""
+)
+
+
+def algorithm_plugin(name: str) -> str:
+    """The source of a plugin with one algorithm."""
+    return (
+        HEADER
+        + f"@hookimpl\ndef rllava_algorithms():\n    return [ComponentSpec(name={name!r}, target='some.where:X')]\n"
+    )
+
+
+def plugin_named(name: str) -> Plugin:
+    """The one plugin of this name, after loading all that is installed."""
+    [plugin] = [plugin for plugin in load_plugins().plugins if plugin.name == name]
+    return plugin
+
+
+def test_a_healthy_plugin_is_ok_and_says_what_it_provides(fake_distribution: Any) -> None:
+    site = fake_distribution("rllava-example", "1.2", HEALTHY)
+
+    plugin = plugin_named("example")
+
+    assert (plugin.status, plugin.error, plugin.traceback) == ("ok", None, None)
+    assert (plugin.distribution, plugin.version, plugin.entry_point) == ("rllava-example", "1.2", "rllava_example")
+    assert Path(plugin.location) == site
+    assert plugin.info.summary == "An example."
+    [component] = plugin.components
+    assert (component.kind, component.spec.name, component.plugin) == ("algorithm", "example", "example")
+    assert component.qualified_name == "rllava-example/example"
+
+
+def test_every_kind_of_component_has_its_hook(fake_distribution: Any) -> None:
+    kinds = ["model", "algorithm", "reward", "engine", "environment", "dataset"]
+    source = HEADER + "".join(
+        f"@hookimpl\ndef rllava_{kind}s():\n    return (ComponentSpec(name='{kind}-one', target='a.b:C'),)\n"
+        for kind in kinds
+    )
+    fake_distribution("rllava-example", "1.0", source)
+
+    assert {(c.kind, c.spec.name) for c in plugin_named("example").components} == {(k, f"{k}-one") for k in kinds}
+
+
+SPEC = "ComponentSpec(name='x', target='a:B')"
+
+BROKEN = {
+    "a missing import": ("import no_such_module_anywhere", ["ModuleNotFoundError", "no_such_module_anywhere"]),
+    "a syntax error": ("def broken(:\n", ["SyntaxError", "rllava_example"]),
+    "an exit while it is imported": ("import sys\nsys.exit(3)", ["importing 'rllava_example'", "sys.exit(3)"]),
+    "a hook that raises": (
+        HEADER + "@hookimpl\ndef rllava_rewards():\n    raise KeyError('oops')",
+        ["rllava_rewards()", "KeyError", "oops"],
+    ),
+    "a generator hook that raises": (
+        HEADER + f"@hookimpl\ndef rllava_rewards():\n    yield {SPEC}\n    raise KeyError('oops')",
+        ["rllava_rewards()", "KeyError"],
+    ),
+    "a hook that exits": (
+        HEADER + "import sys\n@hookimpl\ndef rllava_models():\n    sys.exit('bye')",
+        ["rllava_models()", "sys.exit('bye')"],
+    ),
+    "a misspelt hook": (
+        HEADER + "@hookimpl\ndef rllava_algoritms():\n    return []",
+        ["'rllava_algoritms'", "did you mean 'rllava_algorithms'"],
+    ),
+    "an unknown hook": (HEADER + "@hookimpl\ndef frobnicate():\n    return []", ["'frobnicate'", "rllava_models"]),
+    "a lifecycle hook with an unknown argument": (
+        HEADER + "@hookimpl\ndef rllava_step_end(step, loss):\n    pass",
+        ["rllava_step_end", "loss"],
+    ),
+    "a hook without its marker": (
+        HEADER + "@hookimpl\ndef rllava_models():\n    return []\ndef rllava_rewards():\n    return []",
+        ["rllava_rewards()", "hookimpl"],
+    ),
+    "no hook at all": ("x = 1", ["no hook", "hookimpl"]),
+    "a hook that returns None": (
+        HEADER + "@hookimpl\ndef rllava_datasets():\n    pass",
+        ["rllava_datasets()", "NoneType", "iterable of ComponentSpec"],
+    ),
+    "a hook that returns one spec": (
+        HEADER + f"@hookimpl\ndef rllava_datasets():\n    return {SPEC}",
+        ["rllava_datasets()", "iterable of ComponentSpec"],
+    ),
+    "a hook that returns strings": (
+        HEADER + "@hookimpl\ndef rllava_datasets():\n    return ['x']",
+        ["rllava_datasets()", "list of a str", "ComponentSpec"],
+    ),
+    "info that is no PluginInfo": (
+        HEADER + "@hookimpl\ndef rllava_plugin_info():\n    return 'nice'",
+        ["rllava_plugin_info()", "a str", "PluginInfo"],
+    ),
+    "a component name of the wrong form": (algorithm_plugin("Not A Name"), ["rllava_algorithms()", "'Not A Name'"]),
+    "the same component twice": (
+        HEADER + f"@hookimpl\ndef rllava_models():\n    return [{SPEC}, {SPEC}]",
+        ["rllava-example/x", "twice", "model"],
+    ),
+    "the same engine role twice": (
+        HEADER
+        + "@hookimpl\ndef rllava_engines():\n"
+        + "    return [ComponentSpec(name='x', target='a:B', provides={'train'}) for _ in 'ab']",
+        ["rllava-example/x", "twice", "engine"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "words"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_plugin_is_named_with_its_cause_and_the_rest_work(
+    fake_distribution: Any, source: str, words: list[str]
+) -> None:
+    fake_distribution("rllava-example", "0.3", source)
+    fake_distribution("rllava-other", "1.0", algorithm_plugin("other"))
+
+    registry = load_plugins()
+
+    [plugin] = [plugin for plugin in registry.plugins if plugin.name == "example"]
+    assert plugin.status == "broken"
+    assert plugin.error is not None
+    assert "\n" not in plugin.error
+    assert all(word in plugin.error for word in words), plugin.error
+    assert plugin.components == ()
+    assert registry.find("algorithm", "other").distribution == "rllava-other"
+
+
+def test_a_broken_plugin_keeps_the_traceback_of_its_cause(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "0.3", "def first():\n    1 / 0\nfirst()\n")
+
+    traceback = plugin_named("example").traceback
+
+    assert traceback is not None
+    assert "rllava_example.py" in traceback
+    assert "ZeroDivisionError" in traceback
+
+
+def test_an_interrupt_is_not_taken_for_a_broken_plugin(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "0.3", "raise KeyboardInterrupt")
+
+    with pytest.raises(KeyboardInterrupt):
+        load_plugins()
+
+
+def test_hooks_of_a_broken_plugin_are_not_called(fake_distribution: Any) -> None:
+    lifecycle = "@hookimpl\ndef rllava_run_end(summary):\n    summary['called'].append(__name__)\n"
+    fake_distribution("rllava-example", "1.0", HEADER + lifecycle + "@hookimpl\ndef rllava_models():\n    1 / 0\n")
+    fake_distribution("rllava-other", "1.0", HEADER + lifecycle)
+    called: list[str] = []
+
+    load_plugins().hook.rllava_run_end(summary={"called": called})
+
+    assert called == ["rllava_other"]
+
+
+@pytest.mark.parametrize("requirement", ["rllava-core>=2,<3", "RLLaVA_Core<1", 'rllava-core>=2; python_version>"3"'])
+def test_a_plugin_for_another_core_is_incompatible_and_not_imported(fake_distribution: Any, requirement: str) -> None:
+    fake_distribution("rllava-core", "1.4", entry_points={})
+    fake_distribution("rllava-example", "0.3", HEALTHY, requires=["numpy", requirement])
+
+    plugin = plugin_named("example")
+
+    assert plugin.status == "incompatible"
+    assert plugin.error is not None
+    assert "installed is rllava-core 1.4" in plugin.error
+    assert "requires rllava-core" in plugin.error
+    assert "rllava_example" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("running", "requires"),
+    [
+        ("1.4", ["rllava-core>=1,<2"]),
+        ("1.4", []),
+        ("1.4", ['rllava-core>=2; python_version<"3"', 'rllava-core>=2; extra == "next"']),
+        ("1.0.0a1", ["rllava-core>=1.0.0a1,<2"]),
+        ("1.0.0a1", ["rllava-core>=1,<2"]),
+        ("1.5.dev3", ["rllava-core>=1,<2"]),
+    ],
+)
+def test_a_plugin_for_this_core_is_ok(fake_distribution: Any, running: str, requires: list[str]) -> None:
+    fake_distribution("rllava-core", running, entry_points={})
+    fake_distribution("rllava-example", "0.3", HEALTHY, requires=requires)
+
+    assert plugin_named("example").status == "ok"
+
+
+@pytest.mark.parametrize("running", ["2.0.0a1", "0.9"])
+def test_a_prerelease_of_the_next_major_is_another_core(fake_distribution: Any, running: str) -> None:
+    fake_distribution("rllava-core", running, entry_points={})
+    fake_distribution("rllava-example", "0.3", HEALTHY, requires=["rllava-core>=1,<2"])
+
+    assert plugin_named("example").status == "incompatible"
+
+
+def test_two_distributions_may_use_the_same_entry_point_name(fake_distribution: Any) -> None:
+    for letter in "ab":
+        source = HEADER + (
+            "@hookimpl\ndef rllava_algorithms():\n"
+            f"    return [ComponentSpec(name='{letter}', target='a:B')]\n"
+            f"@hookimpl\ndef rllava_run_end(summary):\n    summary['called'].append('{letter}')\n"
+        )
+        fake_distribution(f"vendor-{letter}", "1.0", source, entry_points={"same": f"vendor_{letter}"})
+    called: list[str] = []
+
+    registry = load_plugins()
+    registry.hook.rllava_run_end(summary={"called": called})
+
+    same = [plugin for plugin in registry.plugins if plugin.name == "same"]
+    assert [(plugin.distribution, plugin.status) for plugin in same] == [("vendor-a", "ok"), ("vendor-b", "ok")]
+    assert sorted(called) == ["a", "b"]
+    assert registry.find("algorithm", "a").distribution == "vendor-a"
+    assert registry.find("algorithm", "b").distribution == "vendor-b"
+
+
+def test_one_module_is_loaded_once(fake_distribution: Any) -> None:
+    entry_points = {"first": "rllava_example", "second": "rllava_example"}
+    fake_distribution("rllava-example", "1.0", HEALTHY, entry_points=entry_points)
+
+    first, second = plugin_named("first"), plugin_named("second")
+
+    assert (first.status, second.status) == ("ok", "broken")
+    assert "already loaded as plugin 'rllava-example:first'" in str(second.error)
+
+
+def test_plugins_of_one_distribution_may_not_repeat_a_component(fake_distribution: Any) -> None:
+    site = fake_distribution(
+        "rllava-example", "1.0", HEALTHY, entry_points={"first": "rllava_example", "second": "second_example"}
+    )
+    site.joinpath("second_example.py").write_text(HEALTHY)
+
+    assert plugin_named("first").status == "ok"
+    assert "defined twice as algorithm (also in plugin 'first')" in str(plugin_named("second").error)
+
+
+def test_of_a_distribution_found_twice_the_first_on_the_path_counts(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.0", HEALTHY)
+    fake_distribution("rllava-example", "2.0", HEALTHY)  # goes before the one above
+
+    assert plugin_named("example").version == "2.0"
+
+
+def test_an_older_plugin_is_shadowed_by_a_distribution_without_entry_points(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.0", HEALTHY)
+    fake_distribution("rllava-example", "2.0", HEALTHY, entry_points={})
+
+    assert "example" not in {plugin.name for plugin in load_plugins().plugins}
+
+
+@pytest.mark.parametrize("content", [b"[rllava]\nno equals sign\n", b"[rllava]\nname = caf\xe9\n"])
+def test_entry_points_that_cannot_be_read_break_only_their_distribution(fake_distribution: Any, content: bytes) -> None:
+    site = fake_distribution("rllava-example", "1.0", HEALTHY)
+    [listing] = site.glob("*.dist-info/entry_points.txt")
+    listing.write_bytes(content)
+    fake_distribution("rllava-other", "1.0", algorithm_plugin("other"))
+
+    plugin = plugin_named("rllava-example")
+
+    assert plugin.status == "broken"
+    assert "reading its entry points" in str(plugin.error)
+    assert plugin_named("other").status == "ok"
+
+
+def test_metadata_that_cannot_be_read_breaks_only_its_distribution(fake_distribution: Any) -> None:
+    site = fake_distribution("rllava-example", "1.0", HEALTHY)
+    [header] = site.glob("*.dist-info/METADATA")
+    header.write_bytes(b"Name: caf\xe9\n")
+    fake_distribution("rllava-other", "1.0", algorithm_plugin("other"))
+
+    assert [plugin.status for plugin in load_plugins().plugins if plugin.location == str(site)] == ["broken"]
+    assert plugin_named("other").status == "ok"
+
+
+@pytest.mark.parametrize("value", ["not a module", "rllava_example:", "rllava_example:missing"])
+def test_an_entry_point_that_names_nothing_is_broken(fake_distribution: Any, value: str) -> None:
+    fake_distribution("rllava-example", "1.0", HEALTHY, entry_points={"example": value})
+
+    plugin = plugin_named("example")
+
+    assert plugin.status == "broken"
+    assert value in str(plugin.error)
+
+
+def test_an_invalid_requirement_breaks_the_plugin(fake_distribution: Any) -> None:
+    fake_distribution("rllava-core", "1.4", entry_points={})
+    fake_distribution("rllava-example", "1.0", HEALTHY, requires=["rllava-core =>> 1"])
+
+    plugin = plugin_named("example")
+
+    assert plugin.status == "broken"
+    assert "InvalidRequirement" in str(plugin.error)
+
+
+def test_entry_points_may_be_given_without_a_distribution(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.0", HEALTHY, entry_points={})
+
+    registry = load_plugins([EntryPoint("anything", "rllava_example", "rllava")])
+
+    [plugin] = registry.plugins
+    assert (plugin.status, plugin.distribution, plugin.version) == ("ok", "rllava-example", "unknown")
+
+
+def test_plugins_are_sorted_by_name_whatever_the_order_given(fake_distribution: Any) -> None:
+    names = ["rllava-b", "rllava-c", "rllava-a"]
+    for name in names:
+        fake_distribution(name, "1.0", algorithm_plugin(name))
+    entry_points = [EntryPoint(name, name.replace("-", "_"), "rllava") for name in names]
+
+    assert [plugin.name for plugin in load_plugins(entry_points).plugins] == sorted(names)
+    assert [plugin.name for plugin in load_plugins(entry_points[::-1]).plugins] == sorted(names)
+
+
+def test_the_core_registers_its_own_components_like_any_plugin() -> None:
+    registry = load_plugins([EntryPoint("core", "rllava_core.builtin", "rllava")])
+
+    assert [plugin.status for plugin in registry.plugins] == ["ok"]
+    assert [(c.kind, c.spec.name, sorted(c.spec.provides)) for c in registry.components()] == [
+        ("engine", "local", ["logprobs", "rollout"]),
+        ("engine", "local", ["train"]),
+        ("environment", "single_turn", []),
+    ]
