@@ -48,6 +48,13 @@ class RewardSection(ComponentSection):
     """A reward function and its weight in the sum."""
 
     weight: float = Field(default=1.0, description="factor of this reward in the sum", allow_inf_nan=False)
+    label: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="reported under this name instead of the component's"
+    )
+
+    @property
+    def reported_as(self) -> str:
+        return self.label or self.name.rpartition("/")[2]
 
 
 class ModelSection(BaseModel):
@@ -95,10 +102,10 @@ class TaskSection(Options):
     @field_validator("rewards")
     @classmethod
     def _distinct_rewards(cls, value: tuple[RewardSection, ...]) -> tuple[RewardSection, ...]:
-        names = [reward.name for reward in value]
+        names = [reward.reported_as for reward in value]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
-            raise ValueError(f"{', '.join(repeated)} is listed twice; each reward is reported by its own name")
+            raise ValueError(f"{', '.join(repeated)} is listed twice; tell them apart with `label`")
         return value
 
 
@@ -254,7 +261,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
             if isinstance(key, str):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -274,7 +283,9 @@ def _set(data: dict[str, Any], keys: tuple[str, ...], value: Any, override: str)
         if isinstance(place, list):
             if not key.isdecimal() or int(key) >= len(place):
                 where = ".".join(keys[:depth])
-                raise ConfigError(f"override {override!r}: {where} is a list of {len(place)}; {key!r} is no index of it")
+                raise ConfigError(
+                    f"override {override!r}: {where} is a list of {len(place)}; {key!r} is no index of it"
+                )
             index: Any = int(key)
         elif isinstance(place, dict):
             index = key
@@ -322,9 +333,7 @@ def _resolve(run: RunConfig, registry: Registry, source: _Source) -> ResolvedCon
         run=run,
         model=resolve("model", run.model.adapter, run.model.options, ("model",)),
         algorithm=resolve("algorithm", run.algorithm.name, run.algorithm.options, ("algorithm",)),
-        environment=resolve(
-            "environment", task.environment.name, task.environment.options, ("task", "environment")
-        ),
+        environment=resolve("environment", task.environment.name, task.environment.options, ("task", "environment")),
         dataset=resolve("dataset", task.dataset.name, task.dataset.options, ("task", "dataset"))
         if task.dataset
         else None,
@@ -333,9 +342,7 @@ def _resolve(run: RunConfig, registry: Registry, source: _Source) -> ResolvedCon
             for index, reward in enumerate(task.rewards)
         ),
         train_engine=resolve("engine", engine.train.name, engine.train.options, ("engine", "train"), "train"),
-        rollout_engine=resolve(
-            "engine", engine.rollout.name, engine.rollout.options, ("engine", "rollout"), "rollout"
-        ),
+        rollout_engine=resolve("engine", engine.rollout.name, engine.rollout.options, ("engine", "rollout"), "rollout"),
     )
     _check_needs(resolved, source)
     return _with_defaults(resolved)
@@ -372,7 +379,7 @@ def _with_defaults(resolved: ResolvedConfig) -> ResolvedConfig:
     if run.task.dataset is not None and resolved.dataset is not None:
         data["task"]["dataset"] = {"name": run.task.dataset.name, **filled(resolved.dataset)}
     data["task"]["rewards"] = [
-        {"name": section.name, "weight": section.weight, **filled(part)}
+        {"name": section.name, "weight": section.weight, "label": section.label, **filled(part)}
         for section, part in zip(run.task.rewards, resolved.rewards, strict=True)
     ]
     data["engine"]["train"] = {"name": run.engine.train.name, **filled(resolved.train_engine)}

@@ -116,7 +116,9 @@ class PolicyGradient:
     def _batch(self, rollouts: Rollouts, columns: Mapping[str, Tensor], chosen: Sequence[int]) -> Batch:
         decisions = rollouts.decisions[list(chosen)]
         ends = rollouts.decisions.cumsum(0).tolist()
-        index = torch.cat([torch.arange(ends[number] - int(rollouts.decisions[number]), ends[number]) for number in chosen])
+        index = torch.cat(
+            [torch.arange(ends[number] - int(rollouts.decisions[number]), ends[number]) for number in chosen]
+        )
         own = {name: column[index] for name, column in columns.items()}
         own["weights"] = aggregation_weights(decisions, self.config.aggregation, self.config.aggregation_length)
         own["share"] = torch.full((int(decisions.sum()),), 1.0 / int(decisions.sum()))

@@ -59,7 +59,7 @@ class Display:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self._task = self._bar.add_task("train", total=total_steps, completed=done, **dict.fromkeys(COLUMNS, "–"))
+            self._task = self._bar.add_task("train", total=total_steps, completed=done, **self._values({}))
             self._bar.start()
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
@@ -69,7 +69,7 @@ class Display:
         )
 
     def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = {name: f"{metrics[key]:.3f}" if key in metrics else "–" for name, key in COLUMNS.items()}
+        values = self._values(metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, **values)
             return
@@ -80,6 +80,9 @@ class Display:
             left = (now - began) / max(1, step - first) * (self._total - step)
             shown = "  ".join(f"{name} {value}" for name, value in values.items())
             self.console.print(f"step {step:>5}/{self._total}  {shown}  {left:.0f} s left")
+
+    def _values(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        return {name: f"{metrics[key]:.3f}" if key in metrics else "–" for name, key in COLUMNS.items()}
 
     def stopping(self) -> None:
         self.console.print("Stopping after this step, which will be saved; Ctrl-C again stops at once.")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", metavar="CONFIG|RUN_DIR", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
-@click.option("--checkpoint", type=int, metavar="STEP", help="Of a run: the checkpoint of this step; default: the last.")
+@click.option(
+    "--checkpoint", type=int, metavar="STEP", help="Of a run: the checkpoint of this step; default: the last."
+)
 @click.option("--swap-images", is_flag=True, help="Ask each question with another example's images: are they seen?")
 @click.option(
     "--output",

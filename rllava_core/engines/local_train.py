@@ -45,9 +45,7 @@ class LocalTrainEngine:
         if self._reference is not None:
             self._reference.to(self._accelerator.device).eval().requires_grad_(False)
 
-    def step(
-        self, batch: Batch, loss: LossFunction, learning_rate: float
-    ) -> dict[str, float]:
+    def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         metrics: dict[str, float] = defaultdict(float)
         micro_batches = list(batch.split(self._training.micro_batch_tokens))
         self._optimizer.zero_grad()

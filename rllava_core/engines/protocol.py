@@ -38,9 +38,7 @@ class TrainEngine(Protocol):
 
     policy: Policy
 
-    def step(
-        self, batch: Batch, loss: LossFunction, learning_rate: float
-    ) -> dict[str, float]:
+    def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the sum of the losses of the batch's micro-batches. Returns summed metrics.
 
         Raises TrainingError, with weights unchanged, if a loss or the gradient is not finite.

@@ -54,7 +54,9 @@ def fill(template: str, fields: Mapping[str, Any], images: Sequence[Image], wher
     """
     slots = sum(1 for match in _PLACEHOLDER.finditer(template) if match[1] == "image")
     if slots not in (0, len(images)):
-        raise DataError(f"{where}: task.prompt has {slots} {{image}} placeholders, the example has {len(images)} images")
+        raise DataError(
+            f"{where}: task.prompt has {slots} {{image}} placeholders, the example has {len(images)} images"
+        )
     parts: list[Part] = [] if slots else [ImagePart(image) for image in images]
     waiting = iter(images)
     text, end = "", 0

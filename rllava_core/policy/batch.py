@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class PolicyBatch:
     def to(self, device: torch.device) -> PolicyBatch:
         """The same batch on a device."""
 
-        def moved(value: Tensor | dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
             return {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
@@ -153,9 +153,7 @@ class BatchBuilder:
             ),
         )
 
-    def _add_decisions(
-        self, prefix: int, branch: int | None, tail: _Piece, offset: int, action: ActionSegment
-    ) -> None:
+    def _add_decisions(self, prefix: int, branch: int | None, tail: _Piece, offset: int, action: ActionSegment) -> None:
         if action.choice is not None and action.choices is not None:
             state = self._state(prefix, branch, tail.cut(offset), action.choices)
             self._decisions.append(_Decision(self._states[state][0], state=state, choice=action.choice))
@@ -164,9 +162,7 @@ class BatchBuilder:
             read = self._read(prefix, branch, offset + step)
             self._decisions.append(_Decision(read, scored=self._scored.add((read, token))))
 
-    def _state(
-        self, prefix: int, branch: int | None, history: _Piece, choices: Sequence[tuple[int, ...]]
-    ) -> int:
+    def _state(self, prefix: int, branch: int | None, history: _Piece, choices: Sequence[tuple[int, ...]]) -> int:
         """The state after `history`, which `branch` (or the prefix alone) begins with, and its choices.
 
         A choice of several tokens is scored along a branch of its own; its last token needs no forward pass, so

@@ -57,9 +57,7 @@ def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
             raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {sorted(forbidden)}")
 
 
-def check_recomputed(
-    trajectories: Sequence[Trajectory], logprobs: torch.Tensor, limit: float
-) -> float:
+def check_recomputed(trajectories: Sequence[Trajectory], logprobs: torch.Tensor, limit: float) -> float:
     """Mean |behaviour log-prob − recomputed| in nats, of a policy that has not changed since it sampled.
 
     A gap beyond `limit` means that what is trained is not what was sampled (another image, another position, another

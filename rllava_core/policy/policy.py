@@ -91,7 +91,6 @@ class Policy(nn.Module):
         """[N, V] log-probs of the next token from [N, H] hidden states; forbidden tokens at -inf."""
         return log_softmax_of(hidden, self.adapter.lm_head(self.model), self.forbidden, self.temperature)
 
-
     def _states(self, batch: PolicyBatch) -> Tensor:
         """[R, H]: every prefix once, every branch once on top of the prefixes' cache; then the states that are read."""
         states, cache = self.prefill(batch)
@@ -110,9 +109,7 @@ class Policy(nn.Module):
 
     def _score(self, batch: PolicyBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         head = self.adapter.lm_head(self.model)
-        return chunked_logprobs(
-            states, head, batch.scored_read, batch.scored_token, self.forbidden, self.temperature
-        )
+        return chunked_logprobs(states, head, batch.scored_read, batch.scored_token, self.forbidden, self.temperature)
 
 
 def _vocabulary(adapter: ModelAdapter, model: PreTrainedModel) -> int:

@@ -43,7 +43,9 @@ def sample(
     results: list[list[ActionSegment]] = [[] for _ in requests]
     for kind in (_sample_choices, _sample_text):
         own = [
-            number for number, request in enumerate(requests) if (request.choices is not None) == (kind is _sample_choices)
+            number
+            for number, request in enumerate(requests)
+            if (request.choices is not None) == (kind is _sample_choices)
         ]
         if own:
             answers = kind(policy, media, [requests[number] for number in own], generator)

@@ -65,7 +65,7 @@ def build_task(resolved: ResolvedConfig) -> Task:
         return found
 
     rewards = tuple(
-        WeightedReward(section.name, section.weight, part.create())
+        WeightedReward(section.reported_as, section.weight, part.create())
         for section, part in zip(run.task.rewards, resolved.rewards, strict=True)
     )
     environment = resolved.environment.component.load_target()

@@ -1,6 +1,6 @@
 """Episodes: environments, the policy and token ids between them.
 
-    Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEngine.generate ─▶ Action ─▶ Environment.step
+Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEngine.generate ─▶ Action ─▶ Environment.step
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ class Episodes:
         for group, (environment, start) in enumerate(zip(self._environments(len(starts)), starts, strict=True)):
             observation = environment.reset(seed=start.seed, example=start.example)
             action = self._answer(start, observation)
-            trajectories.append(
-                self._finish(environment, start, group, self._prompt(observation, start.name), action)
-            )
+            trajectories.append(self._finish(environment, start, group, self._prompt(observation, start.name), action))
         return trajectories
 
     def _environments(self, count: int) -> list[Environment]:

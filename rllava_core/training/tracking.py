@@ -49,7 +49,9 @@ class Trackers:
         self._trackers: list[GeneralTracker] = []
         for name in names:
             tracker_class = LOGGER_TYPE_TO_CLASS[name]
-            location = {"logging_dir": directory} if tracker_class.requires_logging_directory else {"dir": str(directory)}
+            location = (
+                {"logging_dir": directory} if tracker_class.requires_logging_directory else {"dir": str(directory)}
+            )
             tracker = tracker_class("rllava" if name == "wandb" else directory.name, **location)
             tracker.start()
             tracker.store_init_configuration(_flat(config))

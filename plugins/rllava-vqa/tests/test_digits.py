@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from rllava_vqa.config import DigitsConfig
-from rllava_vqa.datasets.digits import Digits
 
 from rllava_core.errors import DataError
 from rllava_core.mdp.images import Image
+from rllava_vqa.config import DigitsConfig
+from rllava_vqa.datasets.digits import Digits
 
 
 @pytest.fixture(scope="module")

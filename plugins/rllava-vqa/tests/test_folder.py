@@ -8,11 +8,11 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from rllava_vqa.config import ClassFolderConfig
-from rllava_vqa.datasets.folder import ClassFolder
 
 from rllava_core.errors import DataError
 from rllava_core.mdp.images import ImageFile
+from rllava_vqa.config import ClassFolderConfig
+from rllava_vqa.datasets.folder import ClassFolder
 
 
 def picture(path: Path) -> Path:

@@ -10,12 +10,12 @@ import numpy as np
 import PIL.Image
 import pytest
 from pydantic import ValidationError
-from rllava_vqa.config import JsonLinesConfig
-from rllava_vqa.datasets.jsonl import JsonLines
 
 from rllava_core.errors import DataError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import ImageFile
+from rllava_vqa.config import JsonLinesConfig
+from rllava_vqa.datasets.jsonl import JsonLines
 
 GOOD = {"image": "a.png", "question": "What?", "answer": "cat"}
 

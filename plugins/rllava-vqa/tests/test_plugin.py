@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from rllava_vqa import plugin
 
 from rllava_core.specs import ComponentSpec
+from rllava_vqa import plugin
 
 SPECS = [*plugin.rllava_datasets(), *plugin.rllava_rewards()]
 PACKAGE = Path(__file__).parents[1]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from rllava_vqa.config import AnswerFormatConfig, ContainsConfig, ExactMatchConfig, NumericConfig
-from rllava_vqa.rewards import AnswerFormat, Contains, ExactMatch, Numeric
 
 from rllava_core.errors import RewardError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.rewards import Reward
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_vqa.config import AnswerFormatConfig, ContainsConfig, ExactMatchConfig, NumericConfig
+from rllava_vqa.rewards import AnswerFormat, Contains, ExactMatch, Numeric
 
 
 def episode(answer: str, expected: str | None = "cat", ended: bool = True, example: bool = True) -> Trajectory:

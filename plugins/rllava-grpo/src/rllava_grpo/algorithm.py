@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from rllava_core.algorithms.maths import clipped, group_mean, group_std
 from rllava_core.algorithms.policy_gradient import PolicyGradient, Rollouts
 from rllava_core.algorithms.protocol import Batch
 from rllava_core.policy.policy import PolicyOutput
-from torch import Tensor
-
 from rllava_grpo.config import GRPOConfig
 
 

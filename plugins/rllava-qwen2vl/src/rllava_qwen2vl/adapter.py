@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoProcessor, Cache, PreTrainedModel, Qwen2VLForConditionalGeneration
+
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message, TextPart
 from rllava_core.policy.adapter import Features
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, Cache, PreTrainedModel, Qwen2VLForConditionalGeneration
-
 from rllava_qwen2vl.config import Qwen2VLOptions
 from rllava_qwen2vl.tiny import tiny_model, tiny_processor
 

@@ -45,6 +45,10 @@ CHAT_TEMPLATE = (
 
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 64 * 64
 
+INITIALIZER_RANGE = 0.1
+"""About 1/√hidden. The 0.02 of large models makes a network of width 64 almost linear: trained on the digits with
+their answers for 200 steps, it read 0.70 of the held-out ones, against 0.93 with this."""
+
 
 def tiny_processor() -> Qwen2VLProcessor:
     """The processor: byte-level tokenizer and image processor."""
@@ -75,6 +79,7 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
+            "initializer_range": INITIALIZER_RANGE,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
             **special,
         },
@@ -87,6 +92,7 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "patch_size": 4,
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
+            "initializer_range": INITIALIZER_RANGE,
         },
         image_token_id=identifier("<|image_pad|>"),
         video_token_id=identifier("<|video_pad|>"),

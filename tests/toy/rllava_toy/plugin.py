@@ -1,0 +1,57 @@
+"""What the toy provides."""
+
+from __future__ import annotations
+
+from rllava_core import ComponentSpec, PluginInfo, hookimpl
+
+
+@hookimpl
+def rllava_plugin_info() -> PluginInfo:
+    return PluginInfo(summary="For the core's own tests.")
+
+
+@hookimpl
+def rllava_models() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            name="toy",
+            target="rllava_toy.adapter:ToyAdapter",
+            config="rllava_core.policy.config:ModelConfig",
+            provides=frozenset({"heads"}),
+        )
+    ]
+
+
+@hookimpl
+def rllava_algorithms() -> list[ComponentSpec]:
+    config = "rllava_toy.config:ToyGradientConfig"
+    return [
+        ComponentSpec(name="toy_gradient", target="rllava_toy.algorithm:ToyGradient", config=config),
+        ComponentSpec(
+            name="toy_critic", target="rllava_toy.algorithm:ToyCritic", config=config, needs=frozenset({"heads"})
+        ),
+        ComponentSpec(name="toy_imitation", target="rllava_toy.algorithm:ToyImitation", config=config),
+        ComponentSpec(
+            name="toy_discrete", target="rllava_toy.algorithm:ToyGradient", config=config, needs=frozenset({"choices"})
+        ),
+    ]
+
+
+@hookimpl
+def rllava_datasets() -> list[ComponentSpec]:
+    return [ComponentSpec(name="colours", target="rllava_toy.task:Colours", config="rllava_toy.config:ColoursConfig")]
+
+
+@hookimpl
+def rllava_rewards() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(name="match", target="rllava_toy.task:Match"),
+        ComponentSpec(name="broken", target="rllava_toy.task:Broken", config="rllava_toy.config:BrokenConfig"),
+    ]
+
+
+@hookimpl
+def rllava_environments() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(name="brightness", target="rllava_toy.task:Brightness", provides=frozenset({"choices"})),
+    ]
