@@ -40,5 +40,6 @@ def rllava_environments() -> list[ComponentSpec]:
             name="single_turn",
             target="rllava_core.mdp.single_turn:SingleTurn",
             summary="One observation, one action: asks an example's prompt with its images and ends.",
+            needs=frozenset({"dataset"}),
         )
     ]

@@ -38,7 +38,8 @@ class ComponentSpec:
 
     Capabilities the core knows: engines provide `train` or `rollout`; a rollout engine that returns the log-prob of
     each action it samples provides `logprobs`; a model whose policy can carry heads on its hidden states provides
-    `heads`; an environment with a discrete action set provides `choices`.
+    `heads`; an environment with a discrete action set, or a task with `choices`, provides `choices`; a task with a data
+    set provides `dataset`.
 
     Raises ValueError for a name or a target of the wrong form.
     """

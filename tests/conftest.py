@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+from click.testing import CliRunner, Result
+
+from rllava_core.cli import rllava
 
 
 class FakeDistribution(Protocol):
@@ -63,3 +66,51 @@ def fake_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         if path.startswith(str(tmp_path)):
             del sys.modules[module]
     importlib.invalidate_caches()
+
+
+TOY = """\
+model: {adapter: toy, from_scratch: any}
+algorithm: {name: toy_gradient, group_size: 4}
+task:
+  dataset: {name: colours, count: 24}
+  choices: [red, green, blue]
+  rewards: [{name: match}]
+training: {steps: 7, prompts_per_step: 4, learning_rate: 3.0e-3, temperature: 4.0, eval_every: 3, save_every: 2}
+"""
+
+
+@pytest.fixture
+def toy_config(tmp_path: Path) -> Path:
+    """The config of a run of a second with the toy plugin: 18 examples to train on, 6 held out."""
+    path = tmp_path / "toy.yaml"
+    path.write_text(TOY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run_rllava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`run_rllava("train", …)` in this process and on one thread, with `tmp_path` as the current folder.
+
+    An exception that is no message for the user is raised here.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(rllava, args, catch_exceptions=False)
+
+
+@pytest.fixture
+def refused(run_rllava: Callable[..., Result]) -> Callable[..., str]:
+    """`refused("train", …, code=2)`: a command that must end with one message and this code; returns the message."""
+
+    def run(*args: str, code: int = 2) -> str:
+        result = run_rllava(*args)
+        assert result.exit_code == code, result.output
+        assert "Traceback" not in result.output
+        assert result.stderr.count("error: ") == 1
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.endswith("\n")
+        return result.stderr.removeprefix("error: ").removesuffix("\n")
+
+    return run

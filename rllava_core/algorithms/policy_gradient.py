@@ -130,12 +130,12 @@ def _minibatches(group: Tensor, count: int) -> list[list[int]]:
 
     Uses torch's global random state, which the loop seeds anew for every step.
     """
-    labels = torch.unique_consecutive(group).tolist()
     if count == 1:
         return [list(range(len(group)))]
     members: dict[int, list[int]] = {}
     for number, label in enumerate(group.tolist()):
         members.setdefault(label, []).append(number)
+    labels = list(members)
     order = torch.randperm(len(labels)).tolist()
     shares = [order[part::count] for part in range(min(count, len(labels)))]
     return [[number for place in share for number in members[labels[place]]] for share in shares]

@@ -25,7 +25,8 @@ class Display:
     """Follows a run; a context manager, so that the live line is taken down whatever happens."""
 
     def __init__(self, resume_command: str, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # No markup: a path or an override may hold square brackets.
+        self.console = console or Console(highlight=False, soft_wrap=True, markup=False)
         self.resume_command = resume_command
         self.directory: Path | None = None
         self._bar: Progress | None = None

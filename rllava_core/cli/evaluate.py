@@ -97,7 +97,7 @@ def _show(result: Evaluation, weights: Path, swapped: bool, output: Path | None)
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     title = f"{result.episodes} held-out episodes, greedy" + (", images swapped" if swapped else "")
     table = Table(title=title)
     table.add_column("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -9,7 +10,7 @@ import click
 RUNS = Path("runs")
 
 
-@click.command(context_settings={"ignore_unknown_options": False})
+@click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where to write; default: a new directory in runs/.")
@@ -31,7 +32,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 
     quiet_libraries()
     directory = RunDirectory(run_dir or next_run_directory(RUNS, config.stem, resume=resume))
-    command = " ".join(["rllava train", str(config), *overrides, "--run-dir", str(directory.path), "--resume"])
+    command = shlex.join(["rllava", "train", str(config), *overrides, "--run-dir", str(directory.path), "--resume"])
     with Display(resume_command=command) as display:
         summary = run(resolved, registry, directory, display, resume=resume)
     display.finished(summary)

@@ -25,8 +25,8 @@ def chunked_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [K] of tokens and entropies [R] (nats) of softmax(logits / temperature) over the allowed tokens.
 
-    Float32 whatever the model's precision. `row` must ascend, so that each chunk of hidden states owns one slice of
-    the tokens.
+    Float32 at least, whatever the model's precision. `row` must ascend, so that each chunk of hidden states owns one
+    slice of the tokens.
     """
     vocabulary = forbidden.numel()
     size = max(1, chunk_elements // vocabulary)
@@ -44,17 +44,22 @@ def chunked_logprobs(
         logprobs.append(chunk_logprobs)
         entropies.append(chunk_entropies)
     if not starts:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+        return at_least_float32(hidden.new_zeros(0)), at_least_float32(hidden.new_zeros(0))
     return torch.cat(logprobs), torch.cat(entropies)
 
 
 def log_softmax_of(hidden: Tensor, lm_head: nn.Module, forbidden: Tensor, temperature: float) -> Tensor:
-    """[N, V] float32 log-probs of the next token, forbidden tokens at -inf. For sampling; N is a batch of sequences."""
+    """[N, V] log-probs of the next token, forbidden tokens at -inf. For sampling; N is a batch of sequences."""
     return torch.log_softmax(_logits(hidden, lm_head, forbidden, temperature), dim=-1)
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision becomes float32; a model in float64 keeps it."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _logits(hidden: Tensor, lm_head: nn.Module, forbidden: Tensor, temperature: float) -> Tensor:
-    logits: Tensor = lm_head(hidden).float()
+    logits = at_least_float32(lm_head(hidden))
     return (logits / temperature).masked_fill(forbidden, -torch.inf)
 
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.batch import PolicyBatch
-from rllava_core.policy.logprobs import chunked_logprobs, log_softmax_of
+from rllava_core.policy.logprobs import at_least_float32, chunked_logprobs, log_softmax_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Policy(nn.Module):
         return PolicyOutput(
             logprobs=torch.cat([scored, choices.flatten()])[batch.decision_logprob],
             entropies=torch.cat([entropies, _entropy(choices)])[batch.decision_entropy],
-            heads={name: head(states[batch.decision_read]).float() for name, head in self.heads.items()},
+            heads={name: at_least_float32(head(states[batch.decision_read])) for name, head in self.heads.items()},
         )
 
     def choice_logprobs(self, batch: PolicyBatch) -> Tensor:

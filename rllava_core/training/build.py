@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,7 +13,7 @@ import torch
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
 from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
-from rllava_core.errors import DataError, PluginError
+from rllava_core.errors import DataError, PluginError, RllavaError, TrainingError
 from rllava_core.mdp.environment import Environment
 from rllava_core.mdp.examples import Example, Split
 from rllava_core.mdp.rewards import WeightedReward
@@ -86,11 +87,15 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
     """
     run = resolved.run
     task = build_task(resolved)
+    task.examples("held_out")
+    if learning:
+        task.examples("train")
     algorithm: Algorithm = resolved.algorithm.create()
     origin = resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint)
     # Heads take their initial values from the same stream whether or not the weights come from a checkpoint.
     seed_everything(derive(run.training.seed, WEIGHTS))
-    policy = _policy(origin, algorithm, run.training.temperature)
+    with _reading(checkpoint):
+        policy = _policy(origin, algorithm, run.training.temperature)
     reference = None
     if learning and algorithm.uses_reference:
         seed_everything(derive(run.training.seed, WEIGHTS))
@@ -105,6 +110,22 @@ def _policy(model: Resolved, algorithm: Algorithm, temperature: float) -> Policy
     adapter: ModelAdapter = model.create()
     weights = adapter.load()
     return Policy(adapter, weights, algorithm.heads, temperature)
+
+
+@contextmanager
+def _reading(checkpoint: Path | None) -> Iterator[None]:
+    """A damaged checkpoint is reported as one, whatever the reader of its files raises."""
+    try:
+        yield
+    except RllavaError:
+        raise
+    except Exception as error:
+        if checkpoint is None:
+            raise
+        raise TrainingError(
+            f"checkpoint {checkpoint} cannot be loaded ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
+            "remove it to go on from the one before"
+        ) from error
 
 
 def _from_checkpoint(model: Resolved, checkpoint: Path) -> Resolved:

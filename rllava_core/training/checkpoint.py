@@ -54,6 +54,8 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
             (temporary / "resume" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
                 flush(path)
+            if target.exists():  # a damaged one, from before which the run was resumed
+                _remove(target)
             temporary.rename(target)
             flush(directory)
     except TrainingError:
@@ -74,7 +76,7 @@ def restore(checkpoint: Path, parts: Parts) -> Progress:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise TrainingError(
-            f"checkpoint {checkpoint} cannot be resumed from ({type(error).__name__}: {error}); "
+            f"checkpoint {checkpoint} cannot be resumed from ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
             "remove it to resume from the one before"
         ) from error
 
@@ -93,9 +95,16 @@ def available(directory: Path) -> list[tuple[int, Path]]:
 
 def prune(directory: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best, and whatever a killed run left half-written."""
-    for _, path in [item for item in available(directory)[:-keep] if item[0] != best_step]:
-        # Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint.
-        doomed = path.with_name(f".writing-{path.name}")
-        path.rename(doomed)
+    with writing(f"checkpoints {directory}"):
+        for _, path in [item for item in available(directory)[:-keep] if item[0] != best_step]:
+            _remove(path)
     for leftover in directory.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Renamed first, so that a kill in the middle leaves nothing that looks like a checkpoint."""
+    doomed = path.with_name(f".writing-old-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -5,7 +5,8 @@ Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,7 +57,7 @@ class Episodes:
         """`group_size` episodes from each start, group by group. Greedy if `seed` is None."""
         environments = self._environments(len(starts) * group_size)
         observations = [
-            environments[number].reset(seed=start.seed, example=start.example)
+            _reset(environments[number], start)
             for number, start in enumerate(start for start in starts for _ in range(group_size))
         ]
         # The members of a group see the same, so one prompt serves them all.
@@ -79,7 +80,7 @@ class Episodes:
         """One episode a start in which the policy gives the example's answer, with log-probs of zero."""
         trajectories = []
         for group, (environment, start) in enumerate(zip(self._environments(len(starts)), starts, strict=True)):
-            observation = environment.reset(seed=start.seed, example=start.example)
+            observation = _reset(environment, start)
             action = self._answer(start, observation)
             trajectories.append(self._finish(environment, start, group, self._prompt(observation, start.name), action))
         return trajectories
@@ -145,12 +146,8 @@ class Episodes:
     def _finish(
         self, environment: Environment, start: Start, group: int, prompt: ContextSegment, action: ActionSegment
     ) -> Trajectory:
-        try:
+        with _playing(start):
             transition = environment.step(Action(action.text, action.choice, action.ended))
-        except RllavaError:
-            raise
-        except Exception as error:
-            raise TrainingError(f"{start.name}: the environment raised {type(error).__name__}: {error}") from error
         if not transition.done:
             raise TrainingError(f"{start.name}: the environment goes on after one turn; episodes have one turn so far")
         return Trajectory(
@@ -163,3 +160,19 @@ class Episodes:
             truncated=transition.truncated,
             info=transition.info,
         )
+
+
+def _reset(environment: Environment, start: Start) -> Observation:
+    with _playing(start):
+        return environment.reset(seed=start.seed, example=start.example)
+
+
+@contextmanager
+def _playing(start: Start) -> Iterator[None]:
+    """What an environment's code raises becomes an error that names the episode."""
+    try:
+        yield
+    except RllavaError:
+        raise
+    except Exception as error:
+        raise TrainingError(f"{start.name}: the environment raised {type(error).__name__}: {error}") from error

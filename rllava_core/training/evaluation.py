@@ -76,7 +76,9 @@ def held_out(task: Task, limit: int | None, seed: int) -> list[Start]:
     examples = task.examples("held_out")
     if examples is None:
         if limit is None:
-            raise ConfigError("training.eval_episodes: set how many, since an environment has no end of seeds")
+            raise ConfigError(
+                "training.eval_episodes: set how many, for without a task.dataset there is no end of held-out episodes"
+            )
         return [Start(None, derive(seed, HELD_OUT, number)) for number in range(limit)]
     return [
         Start(example, derive(seed, HELD_OUT, number))
@@ -87,8 +89,9 @@ def held_out(task: Task, limit: int | None, seed: int) -> list[Start]:
 def _swapped(starts: Sequence[Start], seed: int) -> list[Start]:
     """Each example with the images of another: a random permutation that leaves none in its place."""
     examples = [start.example for start in starts if start.example is not None]
-    if len(examples) < 2 or any(len(example.images) != len(examples[0].images) for example in examples):
-        raise DataError("swapping images needs two or more held-out examples with equally many images")
+    counts = {len(example.images) for example in examples}
+    if len(examples) < 2 or len(counts) > 1 or counts == {0}:
+        raise DataError("swapping images needs two or more held-out examples with images, equally many in each")
     # A cyclic shift of a random order moves every example.
     order = np.random.default_rng(derive(seed, SWAP)).permutation(len(examples)).tolist()
     donors: list[Example] = list(examples)

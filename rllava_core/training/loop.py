@@ -7,6 +7,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 
 from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.config import ResolvedConfig
-from rllava_core.errors import TrainingError
+from rllava_core.errors import InvariantError, RewardError, TrainingError
 from rllava_core.mdp.rewards import score, succeeded
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
@@ -26,7 +27,7 @@ from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts, Task, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.episodes import Episodes, Start
-from rllava_core.training.evaluation import Evaluation, evaluate
+from rllava_core.training.evaluation import Evaluation, evaluate, held_out
 from rllava_core.training.run_directory import RunDirectory
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
@@ -56,12 +57,16 @@ def train(
 
     Raises RllavaError; what was saved before stays as it is.
     """
-    check_trackers(resolved.run.training.trackers)
-    latest = directory.open(resolved.run, resume=resume)
+    training = resolved.run.training
+    check_trackers(training.trackers)
+    latest = directory.check(resolved.run, resume=resume)
     parts = build_parts(resolved, latest)
-    directory.write_manifest(registry, resolved.run.training.seed, device_name(parts.policy))
+    held_out(parts.task, training.eval_episodes, training.seed)
     progress = Progress() if latest is None else checkpoint.restore(latest, parts)
-    observer.started(directory.path, resolved.run.training.steps, None if latest is None else progress.step)
+    # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
+    directory.begin(resolved.run)
+    directory.write_manifest(registry, training.seed, device_name(parts.policy))
+    observer.started(directory.path, training.steps, None if latest is None else progress.step)
     return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
 
@@ -101,9 +106,11 @@ class _Run:
         trackers = Trackers(training.trackers, self.directory.path, self.config.model_dump(mode="json"))
         self.registry.hook.rllava_run_start(config=self.config, run_dir=self.directory.path)
         began = time.perf_counter() - progress.wall_seconds
-        with _Interrupt(self.observer) as interrupt:
+        with closing(trackers), _Interrupt(self.observer) as interrupt:
             if not self.resumed:
-                log.write(0, self._evaluate(0))
+                metrics = self._evaluate(0)
+                log.write(0, metrics)
+                trackers.write(0, metrics)
             while progress.step < training.steps and not interrupt.requested:
                 metrics = self._step(progress.step)
                 progress.step += 1
@@ -118,7 +125,6 @@ class _Run:
                     self._save()
             if self.saved_step < progress.step:
                 self._save()
-        trackers.close()
         summary = {
             "status": "interrupted" if progress.step < training.steps else "completed",
             "steps": progress.step,
@@ -132,7 +138,15 @@ class _Run:
         return summary
 
     def _step(self, step: int) -> dict[str, float]:
-        """One iteration: everything random in it follows from (seed, step)."""
+        """One iteration. A run that fails says in which step, and what was saved."""
+        try:
+            return self._iterate(step)
+        except (TrainingError, RewardError, InvariantError) as error:
+            error.args = (f"step {step + 1}: {error}; {self._last_checkpoint()}",)
+            raise
+
+    def _iterate(self, step: int) -> dict[str, float]:
+        """Sample, reward, learn, hand over: everything random in it follows from (seed, step)."""
         algorithm, trainer = self.parts.algorithm, self.parts.trainer
         clock = _Clock()
         seed_everything(derive(self.training.seed, GLOBAL, step))
@@ -147,14 +161,11 @@ class _Run:
         clock.lap("reward")
         rate = learning_rate(self.training, step)
         updates: list[Mapping[str, float]] = []
-        try:
-            for batch in algorithm.prepare(trajectories, trainer):
-                # Before the first update the policy is still the one that sampled.
-                unchanged = not updates and algorithm.experience == "rollouts"
-                loss = self._checked(algorithm.loss, batch) if unchanged else algorithm.loss
-                updates.append(trainer.step(batch, loss, rate))
-        except TrainingError as error:
-            raise TrainingError(f"step {step + 1}: {error}; {self._last_checkpoint()}") from error
+        for batch in algorithm.prepare(trajectories, trainer):
+            # Before the first update the policy is still the one that sampled.
+            unchanged = not updates and algorithm.experience == "rollouts"
+            loss = self._checked(algorithm.loss, batch) if unchanged else algorithm.loss
+            updates.append(trainer.step(batch, loss, rate))
         clock.lap("update")
         self.parts.sampler.sync(trainer.policy)
         clock.lap("sync")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rllava_core.errors import ConfigError
 from rllava_core.plugins import Registry
 from rllava_core.specs import HOOK_API
 from rllava_core.training import checkpoint
-from rllava_core.training.storage import write_text, writing
+from rllava_core.training.storage import unfinished, write_text, writing
 
 # What may differ when a run is resumed: none of it changes the steps that were already done.
 _MAY_CHANGE = ("steps", "eval_every", "eval_episodes", "save_every", "keep_checkpoints", "sample_every", "trackers")
@@ -34,8 +35,8 @@ class RunDirectory:
         self.trajectories = path / "trajectories"
         self.checkpoints = path / "checkpoints"
 
-    def open(self, config: RunConfig, *, resume: bool) -> Path | None:
-        """Prepare the directory for a run. Returns the checkpoint to resume from, if there is one.
+    def check(self, config: RunConfig, *, resume: bool) -> Path | None:
+        """Whether a run may begin or go on here; writes nothing. Returns the checkpoint to resume from, if any.
 
         Raises ConfigError if it already holds a run and `resume` is off, or if the run it holds has another config.
         """
@@ -45,13 +46,17 @@ class RunDirectory:
                     f"{self.path} already holds a run: add --resume to go on with it, or choose another --run-dir"
                 )
             self._check_same_run(config)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
             raise ConfigError(f"{self.path} exists and holds no run: choose an empty or new --run-dir")
-        with writing(f"run directory {self.path}"):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text(self.config, config.to_yaml())
         found = checkpoint.available(self.checkpoints)
         return found[-1][1] if found else None
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the directory that of this run. The config comes first: a directory that holds it holds a run."""
+        with writing(f"run directory {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, config.to_yaml())
+            self.checkpoints.mkdir(exist_ok=True)
 
     def write_manifest(self, registry: Registry, seed: int, device: str) -> None:
         """Versions of everything that computes, the seed, the device, and the state of the code."""
@@ -72,6 +77,10 @@ class RunDirectory:
         """The outcome of the run."""
         with writing(str(self.summary)):
             write_text(self.summary, json.dumps(summary, indent=2) + "\n")
+
+    def _foreign(self) -> Iterator[Path]:
+        """What a run that was killed while it wrote its config has not left here."""
+        return (path for path in self.path.iterdir() if path != unfinished(self.config))
 
     def _check_same_run(self, config: RunConfig) -> None:
         before, now = read_yaml(self.config), yaml.safe_load(config.to_yaml())

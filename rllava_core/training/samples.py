@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, Trajectory
+from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.training.storage import write_text, writing
 
 
@@ -29,12 +29,12 @@ def _section(directory: Path, members: Sequence[Trajectory]) -> str:
     lines += [f"![image]({_save(directory, image)})\n" for image in first.prompt.images]
     lines += [f"    {line}" for line in first.prompt.text.splitlines()]
     if first.example is not None and first.example.answer is not None:
-        lines.append(f"\nRight answer: `{first.example.answer}`")
+        lines.append(f"\nRight answer: {_code(first.example.answer)}")
     names = list(first.scores)
     lines.append("\n| answer | log-prob | ended | " + " | ".join([*names, "return"]) + " |")
     lines.append("|---" * (len(names) + 4) + "|")
     for trajectory in members:
-        turns = " / ".join(_action(action) for action in trajectory.actions)
+        turns = " / ".join(_code(action.text) for action in trajectory.actions)
         cells = [
             turns,
             f"{trajectory.behaviour_logprobs.sum():.3f}",
@@ -46,9 +46,14 @@ def _section(directory: Path, members: Sequence[Trajectory]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _action(action: ActionSegment) -> str:
-    text = action.text.encode("unicode_escape").decode().replace("`", "'").replace("|", "\\|")
-    return f"`{text}`" if text else "(nothing)"
+def _code(text: str) -> str:
+    """Text as one line of Markdown code, also within a table. Letters of every script stay as they are."""
+    escaped = "".join(
+        character if character.isprintable() and character != "\\" else character.encode("unicode_escape").decode()
+        for character in text
+    )
+    escaped = escaped.replace("`", "'").replace("|", "\\|")
+    return f"`{escaped}`" if escaped else "(nothing)"
 
 
 def _save(directory: Path, image: Image) -> str:

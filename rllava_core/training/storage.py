@@ -21,7 +21,10 @@ _KEYS = "__items__"
 
 
 def save_tree(tree: Any, path: Path) -> None:
-    """Write nested dicts, lists and tuples of tensors and JSON values as `path`.json and `path`.safetensors."""
+    """Write nested dicts, lists and tuples of tensors and JSON values as `path`.json and `path`.safetensors.
+
+    Raises TrainingError that names the place of any other value.
+    """
     tensors: dict[str, Tensor] = {}
     plain = _detach(tree, (), tensors)
     path.with_suffix(".json").write_text(json.dumps(plain), encoding="utf-8")
@@ -36,12 +39,22 @@ def load_tree(path: Path) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = unfinished(path)
+    try:
+        # Half a surrogate pair, which a file's name may hold, is no UTF-8: written as an escape.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def unfinished(path: Path) -> Path:
+    """The name of a file while `write_text` writes it."""
+    return path.with_name(f".{path.name}.writing")
 
 
 def flush(path: Path) -> None:
@@ -64,16 +77,22 @@ def writing(what: str) -> Iterator[None]:
 
 def _detach(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        name = ".".join(path)
+        # Numbered, since {"a.b": …} and {"a": {"b": …}} have the same path.
+        name = ".".join([str(len(tensors)), *path])
         # A copy: safetensors refuses tensors that share memory.
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {_TENSOR: name}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         # As pairs, since JSON would turn the integer keys of optimizer states into strings.
         return {_KEYS: [[key, _detach(item, (*path, str(key)), tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         return [_detach(item, (*path, str(index)), tensors) for index, item in enumerate(value)]
-    return value
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TrainingError(
+        f"{'.'.join(path) or 'the state'} is a {type(value).__name__}; what is saved must be made of tensors, numbers, "
+        "strings, lists, and dicts with keys of strings or integers"
+    )
 
 
 def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, Cache, PreTrainedModel, Qwen2VLForConditionalGeneration
 
@@ -52,11 +53,7 @@ class Qwen2VL:
             model.set_attn_implementation(self.config.attention)
             model.to(getattr(torch, self.config.dtype))
         else:
-            model = self._from_pretrained(
-                Qwen2VLForConditionalGeneration.from_pretrained,
-                dtype=getattr(torch, self.config.dtype),
-                attn_implementation=self.config.attention,
-            )
+            model = self._load_weights()
         text = model.config.get_text_config()
         if len(self.tokenizer) > text.vocab_size:
             raise ModelError(
@@ -193,8 +190,23 @@ class Qwen2VL:
             raise ModelError(f"model {path}: a {config.model_type!r}; this adapter loads 'qwen2_vl'")
         return self._from_pretrained(AutoProcessor.from_pretrained)
 
+    def _load_weights(self) -> Any:
+        model, report = self._from_pretrained(
+            Qwen2VLForConditionalGeneration.from_pretrained,
+            dtype=getattr(torch, self.config.dtype),
+            attn_implementation=self.config.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        # transformers fills what does not fit with random numbers and goes on.
+        unfit = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        if unfit:
+            shown = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
+            raise ModelError(f"model {self._origin}: weights that config.json asks for are missing or differ: {shown}")
+        return model
+
     def _from_pretrained(self, loader: Any, **options: Any) -> Any:
         try:
             return loader(self.config.path, trust_remote_code=self.config.trust_remote_code, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None

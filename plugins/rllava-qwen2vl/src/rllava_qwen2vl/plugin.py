@@ -18,6 +18,6 @@ def rllava_models() -> list[ComponentSpec]:
             target="rllava_qwen2vl.adapter:Qwen2VL",
             config="rllava_qwen2vl.config:Qwen2VLOptions",
             summary="Qwen2-VL: dynamic resolution, M-RoPE; `from_scratch: tiny` builds 0.2M random weights.",
-            provides=frozenset({"heads", "images"}),
+            provides=frozenset({"heads"}),
         )
     ]

@@ -1,0 +1,144 @@
+"""From plain data to components: validate every section, find every component, match needs with what is provided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rllava_core.config.problems import Source, describe
+from rllava_core.config.reading import apply_overrides, read_yaml
+from rllava_core.config.sections import ComponentSection, ModelSection, Options, RewardSection, RunConfig
+from rllava_core.errors import ConfigError, PluginError
+from rllava_core.plugins import Component, Registry
+from rllava_core.specs import Kind
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A component and its validated config."""
+
+    component: Component
+    config: BaseModel
+
+    def create(self, *arguments: Any) -> Any:
+        """Import the target and call it with the config."""
+        return self.component.load_target()(self.config, *arguments)
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A config whose every component is found and whose every option is valid. Nothing heavy is imported yet."""
+
+    run: RunConfig
+    model: Resolved
+    algorithm: Resolved
+    environment: Resolved
+    dataset: Resolved | None
+    rewards: tuple[Resolved, ...]
+    train_engine: Resolved
+    rollout_engine: Resolved
+
+
+class NoOptions(Options):
+    """The config of a component without options."""
+
+
+def load(path: Path, overrides: Sequence[str], registry: Registry) -> ResolvedConfig:
+    """Read a YAML file, apply overrides, validate everything, and find every component.
+
+    Raises ConfigError that names the file or override, the key and what would be right; PluginError for components
+    that are missing, broken or ambiguous.
+    """
+    data = read_yaml(path)
+    overridden = apply_overrides(data, overrides)
+    source = Source(str(path), overridden)
+    try:
+        run = RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(describe(error, RunConfig, (), source)) from None
+    return _resolve(run, registry, source)
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {"model": ModelSection, "reward": RewardSection}
+"""Sections with keys of their own beside the component's; of all others, ComponentSection's `name` is the only one."""
+
+
+def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConfig:
+    def resolve(
+        kind: Kind, name: str, options: dict[str, Any], key: tuple[str, ...], role: str | None = None
+    ) -> Resolved:
+        section = _SECTIONS.get(kind, ComponentSection)
+        try:
+            component = registry.find(kind, name, role)
+            model = component.load_config() or NoOptions
+        except PluginError as error:
+            chosen = (*key, "adapter" if kind == "model" else "name")
+            raise PluginError(f"{source.of(chosen)}: {'.'.join(chosen)}: {error}") from error
+        try:
+            return Resolved(component, model.model_validate(options))
+        except ValidationError as error:
+            owner = f" of {kind} {component.spec.name!r}"
+            raise ConfigError(describe(error, model, key, source, owner, section)) from None
+
+    task, engine = run.task, run.engine
+    resolved = ResolvedConfig(
+        run=run,
+        model=resolve("model", run.model.adapter, run.model.options, ("model",)),
+        algorithm=resolve("algorithm", run.algorithm.name, run.algorithm.options, ("algorithm",)),
+        environment=resolve("environment", task.environment.name, task.environment.options, ("task", "environment")),
+        dataset=resolve("dataset", task.dataset.name, task.dataset.options, ("task", "dataset"))
+        if task.dataset
+        else None,
+        rewards=tuple(
+            resolve("reward", reward.name, reward.options, ("task", "rewards", str(index)))
+            for index, reward in enumerate(task.rewards)
+        ),
+        train_engine=resolve("engine", engine.train.name, engine.train.options, ("engine", "train"), "train"),
+        rollout_engine=resolve("engine", engine.rollout.name, engine.rollout.options, ("engine", "rollout"), "rollout"),
+    )
+    _check_needs(resolved, source)
+    return _with_defaults(resolved)
+
+
+def _check_needs(resolved: ResolvedConfig, source: Source) -> None:
+    parts = [resolved.model, resolved.train_engine, resolved.rollout_engine, resolved.environment]
+    parts += [resolved.dataset] if resolved.dataset is not None else []
+    provided = frozenset().union(*(part.component.spec.provides for part in parts))
+    if resolved.dataset is not None:
+        provided |= {"dataset"}
+    if resolved.run.task.choices is not None:
+        provided |= {"choices"}
+    for part in [resolved.algorithm, *parts]:
+        missing = sorted(part.component.spec.needs - provided)
+        if missing:
+            chosen = ", ".join(f"{other.component.kind} {other.component.spec.name!r}" for other in parts)
+            raise ConfigError(
+                f"{source.path}: {part.component.kind} {part.component.spec.name!r} needs {', '.join(missing)}, which "
+                f"none of the chosen parts provides ({chosen}{'' if resolved.dataset else ', no task.dataset'})"
+            )
+
+
+def _with_defaults(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The same, with the run config's component sections holding every default."""
+
+    def filled(part: Resolved) -> dict[str, Any]:
+        return part.config.model_dump(mode="json")
+
+    run = resolved.run
+    data = run.model_dump(mode="json")
+    data["model"] = {"adapter": run.model.adapter, **filled(resolved.model)}
+    data["algorithm"] = {"name": run.algorithm.name, **filled(resolved.algorithm)}
+    data["task"]["environment"] = {"name": run.task.environment.name, **filled(resolved.environment)}
+    if run.task.dataset is not None and resolved.dataset is not None:
+        data["task"]["dataset"] = {"name": run.task.dataset.name, **filled(resolved.dataset)}
+    data["task"]["rewards"] = [
+        {"name": section.name, "weight": section.weight, "label": section.label, **filled(part)}
+        for section, part in zip(run.task.rewards, resolved.rewards, strict=True)
+    ]
+    data["engine"]["train"] = {"name": run.engine.train.name, **filled(resolved.train_engine)}
+    data["engine"]["rollout"] = {"name": run.engine.rollout.name, **filled(resolved.rollout_engine)}
+    return replace(resolved, run=RunConfig.model_validate(data))

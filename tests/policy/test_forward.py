@@ -1,0 +1,255 @@
+"""A batch gives what each trajectory would give alone: log-probs, entropies, heads and gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.policy.batch import PolicyBatch
+from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_toy.adapter import END, VOCABULARY
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+
+
+def coefficients(count: int, stream: int) -> Tensor:
+    """Fixed random weights, so that a loss tells every decision from every other."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(stream), dtype=torch.float64)
+
+
+def weighted_sum(logprobs: Tensor, entropies: Tensor, heads: Tensor) -> Tensor:
+    """A loss that depends on everything that the policy returns."""
+    count = len(logprobs)
+    return (
+        (coefficients(count, 1) * logprobs).sum()
+        + (coefficients(count, 2) * entropies).sum()
+        + (coefficients(count, 3)[:, None] * heads).sum()
+    )
+
+
+def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
+    """By parameter, the gradient of a loss."""
+    named = dict(policy.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if gradient is None else gradient
+        for (name, parameter), gradient in zip(named.items(), found, strict=True)
+    }
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Trajectory], temperature: float) -> None:
+    policy = toy.policy(temperature, heads={"value": 2})
+    plain = toy.Plain(policy.model, temperature)
+    alone = [plain.decisions(trajectory) for trajectory in situation]
+    logprobs = torch.cat([decisions.logprobs for decisions in alone])
+    entropies = torch.cat([decisions.entropies for decisions in alone])
+    states = torch.cat([decisions.states for decisions in alone])
+    values = states @ policy.heads["value"].weight.T + policy.heads["value"].bias
+
+    output = policy(toy.pack(policy, situation))
+
+    torch.testing.assert_close(output.logprobs, logprobs, **EXACT)
+    torch.testing.assert_close(output.entropies, entropies, **EXACT)
+    torch.testing.assert_close(output.heads["value"], values, **EXACT)
+    expected = gradients(policy, weighted_sum(logprobs, entropies, values))
+    found = gradients(policy, weighted_sum(output.logprobs, output.entropies, output.heads["value"]))
+    for name, gradient in expected.items():
+        scale = max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(found[name] / scale, gradient / scale, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "vision" not in name)
+
+
+def test_the_order_of_trajectories_changes_nothing_else(toy: Any, mixed: list[Trajectory]) -> None:
+    policy = toy.policy()
+    forward, backward = policy(toy.pack(policy, mixed)), policy(toy.pack(policy, mixed[::-1]))
+
+    ends = torch.tensor([trajectory.decisions for trajectory in mixed[::-1]]).tolist()
+    for one, other in ((forward.logprobs, backward.logprobs), (forward.entropies, backward.entropies)):
+        torch.testing.assert_close(torch.cat(other.split(ends)[::-1]), one, **EXACT)
+
+
+def test_a_model_in_half_precision_gives_float32_results(toy: Any, mixed: list[Trajectory]) -> None:
+    policy = toy.policy(heads={"value": 1}, precision=torch.bfloat16)
+    output: PolicyOutput = policy(toy.pack(policy, mixed))
+    exact = toy.policy().model
+    exact.load_state_dict({name: values.double() for name, values in policy.model.state_dict().items()})
+    expected = torch.cat([toy.Plain(exact).decisions(trajectory).logprobs for trajectory in mixed])
+
+    assert output.logprobs.dtype == output.entropies.dtype == output.heads["value"].dtype == torch.float32
+    assert (output.logprobs - expected).abs().mean() < 0.05
+
+
+def scrambled(batch: PolicyBatch) -> PolicyBatch:
+    """The same batch with other ids and positions where the padding is."""
+    generator = torch.Generator().manual_seed(5)
+
+    def fill(values: Tensor, mask: Tensor, limit: int) -> Tensor:
+        return torch.where(mask.bool(), values, torch.randint(0, limit, values.shape, generator=generator))
+
+    return replace(
+        batch,
+        prefix_tokens=fill(batch.prefix_tokens, batch.prefix_mask, 256),
+        prefix_positions=fill(batch.prefix_positions, batch.prefix_mask.expand_as(batch.prefix_positions), 90),
+        branch_tokens=fill(batch.branch_tokens, batch.branch_mask, 256),
+        branch_positions=fill(batch.branch_positions, batch.branch_mask.expand_as(batch.branch_positions), 90),
+    )
+
+
+def test_padding_has_no_influence_and_gets_no_gradient(toy: Any, mixed: list[Trajectory]) -> None:
+    policy = toy.policy(heads={"value": 1})
+    batch = toy.pack(policy, mixed)
+    assert (batch.prefix_mask == 0).any()
+    assert (batch.branch_mask == 0).any()
+
+    results = []
+    for version in (batch, scrambled(batch)):
+        output = policy(version)
+        loss = weighted_sum(output.logprobs, output.entropies, output.heads["value"])
+        results.append((output, gradients(policy, loss)))
+
+    (plain, expected), (other, found) = results
+    assert torch.equal(other.logprobs, plain.logprobs)
+    assert torch.equal(other.entropies, plain.entropies)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-12)
+
+
+def test_the_padding_token_is_never_learnt(toy: Any) -> None:
+    """Its embedding would be pulled if padding took part. (PAD would prove nothing: the embedding itself skips it.)"""
+    policy = toy.policy()
+    policy.adapter.pad_token = ord("#")
+    trajectories = [
+        toy.episode(toy.context("A prompt of some length"), toy.text("a long answer")),
+        toy.episode(toy.context("?"), toy.text("no"), toy.context("?"), toy.text("o")),
+    ]
+    batch = toy.pack(policy, trajectories)
+    assert (batch.prefix_tokens == ord("#")).any()
+    assert (batch.branch_tokens == ord("#")).any()
+
+    embedding = gradients(policy, policy(batch).logprobs.sum())["model.backbone.embed_tokens.weight"]
+
+    assert embedding[ord("#")].abs().max() == 0
+    assert embedding[ord("?")].abs().max() > 0
+
+
+def states_of(trajectories: list[Trajectory]) -> dict[tuple[Any, ...], list[int]]:
+    """The tokens that were sampled in each distinct state: all tokens and images before."""
+    states = defaultdict(list)
+    for trajectory in trajectories:
+        tokens: tuple[int, ...] = ()
+        images: tuple[Any, ...] = ()
+        for segment in trajectory.segments:
+            if isinstance(segment, ContextSegment):
+                images += segment.images
+                tokens += segment.tokens
+            else:
+                for token in segment.tokens:
+                    states[tokens, images].append(token)
+                    tokens += (token,)
+    return states
+
+
+def test_only_states_of_decisions_reach_the_language_head_and_get_gradient(toy: Any) -> None:
+    """d(sum of log-probs)/d(logits) is one-hot minus softmax at every decision, and there is nothing else."""
+    prompt = toy.context("Find the key.", toy.picture(8, 8))
+    shown = toy.context(toy.picture(12, 8, 1), "closer")
+    trajectories = [
+        toy.episode(prompt, toy.text("left"), shown, toy.text("on")),
+        toy.episode(prompt, toy.text("left"), shown, toy.text("off")),
+        toy.episode(prompt, toy.text("lift")),
+        toy.episode(toy.context("?"), toy.text("go")),
+    ]
+    temperature = 0.8
+    policy = toy.policy(temperature)
+    plain = toy.Plain(policy.model, temperature)
+    logits: list[Tensor] = []
+    policy.model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
+
+    sum_of_logprobs = policy(toy.pack(policy, trajectories)).logprobs.sum()
+    (gradient,) = torch.autograd.grad(sum_of_logprobs, logits)
+    [seen] = logits
+
+    states = states_of(trajectories)
+    assert len(seen) <= sum(trajectory.decisions for trajectory in trajectories)
+    unexplained = set(range(len(seen)))
+    for (tokens, images), sampled in states.items():
+        table, hidden = plain.next_token(tokens, images)
+        expected = -len(sampled) * table[-1].exp()
+        for token in sampled:
+            expected[token] += 1
+        # Answers that begin alike pass through the same state in branches of their own.
+        rows = ((seen - policy.model.lm_head(hidden[-1])).abs().amax(1) < 1e-10).nonzero()[:, 0]
+        torch.testing.assert_close(gradient[rows].sum(0), expected.detach() / temperature, **EXACT)
+        unexplained -= set(rows.tolist())
+    assert not unexplained
+
+
+def test_tokens_that_may_not_be_sampled_have_no_share_of_the_probability(toy: Any) -> None:
+    policy = toy.policy()
+    policy.forbidden[ord("a")] = True
+    allowed = [token for token in range(256) if token != ord("a")] + [END]
+    actions = [ActionSegment((token,), np.full(1, -1, np.float32), "") for token in allowed]
+    trajectories = [toy.episode(toy.context("?"), action) for action in actions]
+
+    output = policy(toy.pack(policy, trajectories))
+
+    torch.testing.assert_close(output.logprobs.exp().sum(), torch.tensor(1.0, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(output.entropies[0], -(output.logprobs.exp() * output.logprobs).sum(), **EXACT)
+
+
+def test_an_unlikely_state_has_finite_gradients_of_its_entropy(toy: Any) -> None:
+    """0 · log 0 must not become NaN, in choices or in text."""
+    policy = toy.policy(bias={ord("y"): 2000.0, END: -2000.0})
+    trajectories = [
+        toy.episode(toy.context("?"), toy.text("y")),
+        toy.episode(toy.context("?"), toy.choice(0, "y", "n", "nn")),
+    ]
+
+    output = policy(toy.pack(policy, trajectories))
+    found = gradients(policy, output.entropies.sum())
+
+    assert torch.isfinite(output.entropies).all()
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_a_prompt_is_computed_once_for_its_group_and_a_picture_once_for_its_prompt(toy: Any) -> None:
+    policy = toy.policy()
+    prompt, other = toy.context("Colour?", toy.picture(8, 8)), toy.context("?", toy.picture(4, 8, 1))
+    trajectories = [toy.episode(prompt, toy.text(answer)) for answer in ("red", "blue", "red", "green")]
+    trajectories.append(toy.episode(other, toy.text("no")))
+
+    policy(toy.pack(policy, trajectories))
+
+    width = len(prompt.tokens)
+    # Two prompts with 4 and 2 patches; then four distinct answers, of which the last token is only predicted.
+    assert policy.adapter.runs == [((2, width), 6), ((4, len("green")), 0)]
+
+
+def test_choices_of_one_token_cost_nothing_beyond_the_prompt(toy: Any) -> None:
+    policy = toy.policy()
+    prompt = toy.context("Digit?", toy.picture(8, 8))
+
+    policy(toy.pack(policy, [toy.episode(prompt, toy.choice(index, *"0123456789")) for index in (3, 7, 3)]))
+
+    assert policy.adapter.runs == [((1, len(prompt.tokens)), 4)]
+
+
+def test_a_longer_choice_costs_a_branch_of_all_but_its_last_token(toy: Any) -> None:
+    policy = toy.policy()
+    prompt = toy.context("Colour?")
+
+    policy(toy.pack(policy, [toy.episode(prompt, toy.choice(index, "red", "x", "green")) for index in (0, 1, 0)]))
+
+    assert policy.adapter.runs == [((1, len(prompt.tokens)), 0), ((2, len("gree")), 0)]
+
+
+def test_the_vocabulary_of_the_language_head_is_what_is_scored(toy: Any) -> None:
+    assert toy.policy().forbidden.shape == (VOCABULARY,)

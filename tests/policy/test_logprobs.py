@@ -1,0 +1,137 @@
+"""Log-probs in chunks: the same numbers and gradients, and never the whole logits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rllava_core.policy.policy as policy_module
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.policy.logprobs import chunked_logprobs, log_softmax_of
+from rllava_toy.adapter import VOCABULARY
+
+EXACT = {"rtol": 0.0, "atol": 1e-12}
+STATES, HIDDEN, WORDS = 13, 8, 11
+FORBIDDEN = torch.tensor([word in (2, 10) for word in range(WORDS)])
+ROWS = torch.tensor([0, 0, 2, 3, 3, 3, 4, 5, 7, 9, 9, 12])  # some states score several tokens, some none
+TOKENS = torch.tensor([1, 9, 4, 0, 0, 5, 6, 7, 8, 9, 1, 3])
+
+
+def states() -> tuple[Tensor, nn.Linear]:
+    torch.manual_seed(1)
+    hidden = torch.randn(STATES, HIDDEN, dtype=torch.float64, requires_grad=True)
+    return hidden, nn.Linear(HIDDEN, WORDS, dtype=torch.float64)
+
+
+def by_hand(hidden: Tensor, head: nn.Linear, temperature: float) -> tuple[Tensor, Tensor]:
+    """One state at a time, the allowed words only."""
+    logprobs: dict[tuple[int, int], Tensor] = {}
+    entropies = []
+    for row, state in enumerate(hidden):
+        scores = {
+            word: ((head.weight[word] * state).sum() + head.bias[word]) / temperature
+            for word in range(WORDS)
+            if not FORBIDDEN[word]
+        }
+        total = sum(score.exp() for score in scores.values())
+        entropies.append(-sum(score.exp() / total * (score - total.log()) for score in scores.values()))
+        for word, score in scores.items():
+            logprobs[row, word] = score - total.log()
+    chosen = [logprobs[row, token] for row, token in zip(ROWS.tolist(), TOKENS.tolist(), strict=True)]
+    return torch.stack(chosen), torch.stack(entropies)
+
+
+# One state a chunk, a few, a number that leaves a rest, all but one, exactly all, more than all.
+@pytest.mark.parametrize("chunk_elements", [1, 2 * WORDS, 5 * WORDS + 3, 12 * WORDS, 13 * WORDS, 10**6])
+@pytest.mark.parametrize("temperature", [1.0, 0.4])
+def test_any_chunk_gives_the_numbers_and_gradients_of_a_loop(chunk_elements: int, temperature: float) -> None:
+    hidden, head = states()
+    expected = by_hand(hidden, head, temperature)
+    found = chunked_logprobs(hidden, head, ROWS, TOKENS, FORBIDDEN, temperature, chunk_elements)
+
+    weights = torch.linspace(-1, 2, len(ROWS), dtype=torch.float64), torch.linspace(3, -2, STATES, dtype=torch.float64)
+    leaves = (hidden, head.weight, head.bias)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
+    for one, other in zip(
+        *(
+            torch.autograd.grad(sum((w * part).sum() for w, part in zip(weights, parts, strict=True)), leaves)
+            for parts in (expected, found)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(other, one, **EXACT)
+
+
+def test_without_gradients_chunks_give_the_same_numbers() -> None:
+    hidden, head = states()
+    with torch.no_grad():
+        expected = by_hand(hidden, head, 0.7)
+        found = chunked_logprobs(hidden, head, ROWS, TOKENS, FORBIDDEN, 0.7, 3 * WORDS)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, **EXACT)
+
+
+def test_no_states_give_no_numbers() -> None:
+    _, head = states()
+    nothing = torch.zeros(0, dtype=torch.long)
+    logprobs, entropies = chunked_logprobs(torch.zeros(0, HIDDEN), head, nothing, nothing, FORBIDDEN, 1.0)
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+def test_the_distribution_to_sample_from_is_the_one_that_is_trained() -> None:
+    hidden, head = states()
+    table = log_softmax_of(hidden, head, FORBIDDEN, 0.4)
+    expected, entropies = by_hand(hidden, head, 0.4)
+
+    torch.testing.assert_close(table[ROWS, TOKENS], expected, **EXACT)
+    assert (table[:, FORBIDDEN] == -torch.inf).all()
+    torch.testing.assert_close(table.exp().sum(-1), torch.ones(STATES, dtype=torch.float64), **EXACT)
+    assert len(entropies) == STATES
+
+
+class LargestLogits(TorchDispatchMode):
+    """Remembers the largest tensor with the vocabulary as its last axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and value.ndim and value.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, value.numel() // VOCABULARY)
+        return result
+
+
+def test_no_more_logits_than_a_chunk_exist_at_any_time(
+    toy: Any, mixed: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither in the forward pass nor in the backward pass, where each chunk is computed again."""
+    rows = 17  # unlike the number of rows of any weight, of which the head's gradient has the hidden size
+    bounded = partial(chunked_logprobs, chunk_elements=rows * VOCABULARY)
+    policy = toy.policy()
+    batch = toy.pack(policy, mixed)
+    expected = policy(batch)
+    expected_gradient = torch.autograd.grad(expected.logprobs.sum(), policy.model.lm_head.weight)[0]
+    monkeypatch.setattr(policy_module, "chunked_logprobs", bounded)
+    inputs: list[int] = []
+    policy.model.lm_head.register_forward_hook(lambda module, arguments, output: inputs.append(len(arguments[0])))
+
+    with LargestLogits() as largest:
+        output = policy(batch)
+        gradient = torch.autograd.grad(output.logprobs.sum(), policy.model.lm_head.weight)[0]
+
+    states = len(batch.read_from)
+    assert states > 10 * rows
+    assert largest.rows == max(inputs) == rows
+    assert sum(inputs) == 2 * states  # once forward, once again backward
+    torch.testing.assert_close(output.logprobs, expected.logprobs, **EXACT)
+    torch.testing.assert_close(output.entropies, expected.entropies, **EXACT)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)

@@ -1,0 +1,136 @@
+"""Evaluation: greedy episodes on what was held out, the same ones every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rllava_core.errors import ConfigError, DataError
+from rllava_core.mdp.examples import Example
+from rllava_core.mdp.images import Image
+from rllava_core.training.build import Parts, Task
+from rllava_core.training.episodes import Episodes
+from rllava_core.training.evaluation import Evaluation, evaluate, held_out
+
+Build = Callable[..., Parts]
+
+
+def run(parts: Parts, *, limit: int | None = None, seed: int = 0, chunk: int = 32, **options: Any) -> Evaluation:
+    episodes = Episodes(parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens)
+    return evaluate(parts.task, episodes, limit, seed, chunk, **options)
+
+
+def names(evaluation: Evaluation) -> list[str]:
+    return [trajectory.name for trajectory in evaluation.trajectories]
+
+
+def test_every_held_out_example_is_asked_once_in_order(build_toy: Build) -> None:
+    result = run(build_toy())
+
+    assert names(result) == [f"colours:{number}" for number in range(0, 24, 4)]
+    assert result.episodes == 6
+    assert [trajectory.group for trajectory in result.trajectories] == list(range(6))
+
+
+@pytest.mark.parametrize("overrides", [(), ("task.choices=", "task.max_new_tokens=4")])
+def test_the_answers_do_not_depend_on_the_chunks_or_the_time(build_toy: Build, overrides: tuple[str, ...]) -> None:
+    parts = build_toy(*overrides)
+
+    answers = [[item.answer for item in run(parts, chunk=chunk).trajectories] for chunk in (1, 4, 32, 1)]
+
+    assert answers[0] == answers[1] == answers[2] == answers[3]
+
+
+def test_answers_are_the_most_likely_ones(build_toy: Build) -> None:
+    parts = build_toy()
+    result = run(parts)
+
+    for trajectory in result.trajectories:
+        [action] = trajectory.actions
+        # Of three choices the most probable one has at least a third.
+        assert action.logprobs[0] >= np.log(1 / 3) - 1e-6
+
+
+def test_the_limit_takes_the_first(build_toy: Build) -> None:
+    assert names(run(build_toy(), limit=2)) == ["colours:0", "colours:4"]
+    assert run(build_toy(), limit=99).episodes == 6
+
+
+def test_numbers_are_means_over_episodes(build_toy: Build) -> None:
+    parts = build_toy("task.rewards=[{name: match, weight: 0.5}, {name: broken, call: 99, label: half}]")
+    result = run(parts)
+    right = [trajectory.answer == trajectory.example.answer for trajectory in result.trajectories if trajectory.example]
+
+    assert result.successes == tuple(right)
+    assert 0 < sum(right) < 6
+    assert result.success_rate == sum(right) / 6
+    assert result.scores == {"match": sum(right) / 6, "half": 0.5}
+    assert result.return_mean == pytest.approx(0.5 * sum(right) / 6 + 0.5)
+    assert result.summary() == {
+        "success_rate": result.success_rate,
+        "return_mean": result.return_mean,
+        "episodes": 6,
+    }
+
+
+ENVIRONMENT = ("task.dataset=", "task.environment=brightness", "task.choices=", "task.rewards=[]")
+
+
+def test_an_environment_is_held_out_by_seeds_that_training_never_sees(build_toy: Build) -> None:
+    parts = build_toy(*ENVIRONMENT)
+
+    starts = held_out(parts.task, 4, seed=0)
+    assert [start.seed for start in starts] == [start.seed for start in held_out(parts.task, 4, seed=0)]
+    assert [start.seed for start in held_out(parts.task, 9, seed=0)][:4] == [start.seed for start in starts]
+    assert len({start.seed for start in starts} | {start.seed for start in held_out(parts.task, 4, seed=1)}) == 8
+
+    result = run(parts, limit=8)
+    assert result.success_rate == sum(result.successes) / 8
+    assert result.return_mean == pytest.approx(2 * result.success_rate - 1)
+
+
+def test_an_environment_needs_a_number_of_episodes(build_toy: Build) -> None:
+    with pytest.raises(ConfigError, match=r"^training\.eval_episodes: set how many"):
+        run(build_toy(*ENVIRONMENT))
+
+
+def test_swapping_gives_every_question_the_images_of_another(build_toy: Build) -> None:
+    parts = build_toy()
+    own = [item.prompt.images for item in run(parts).trajectories]
+
+    swapped = run(parts, swap_images=True)
+    images = [item.prompt.images for item in swapped.trajectories]
+
+    assert names(swapped) == names(run(parts))
+    assert all(mine != other for mine, other in zip(own, images, strict=True))
+    assert {image.digest for (image,) in images} == {image.digest for (image,) in own}
+    assert images == [item.prompt.images for item in run(parts, swap_images=True).trajectories]
+    assert images != [item.prompt.images for item in run(parts, seed=1, swap_images=True).trajectories]
+    # The answer that counts stays that of the question.
+    for before, after in zip(run(parts).trajectories, swapped.trajectories, strict=True):
+        assert before.example is not None
+        assert after.example is not None
+        assert (before.example.answer, before.seed) == (after.example.answer, after.seed)
+
+
+def pictured(*counts: int) -> list[Example]:
+    picture = Image.from_array(np.zeros((8, 8), np.uint8))
+    return [Example(f"e{index}", {"question": "?"}, (picture,) * count, "x") for index, count in enumerate(counts)]
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 2), (0, 0, 0)])
+def test_what_cannot_be_swapped_is_refused(build_toy: Build, counts: tuple[int, ...]) -> None:
+    parts = build_toy()
+    task: Task = replace(parts.task, examples=lambda split: pictured(*counts))
+
+    with pytest.raises(DataError, match="needs two or more held-out examples with images, equally many in each"):
+        run(replace(parts, task=task), swap_images=True)
+
+
+def test_an_environment_without_examples_cannot_be_swapped(build_toy: Build) -> None:
+    with pytest.raises(DataError, match="two or more held-out examples"):
+        run(build_toy(*ENVIRONMENT), limit=3, swap_images=True)
