@@ -77,6 +77,7 @@ class BatchBuilder:
         self._states = _Numbered[tuple[int, tuple[tuple[int, ...], ...]]]()  # (read, scored tokens of each choice)
         self._decisions: list[_Decision] = []
         # The members of a group repeat each other's prompts, answers and choices.
+        self._known_trajectories: dict[object, list[_Decision]] = {}
         self._known_pieces: dict[object, _Piece] = {}
         self._known_states: dict[object, int] = {}
 
@@ -94,6 +95,16 @@ class BatchBuilder:
         The prefix is its prompt; everything after it is a branch.
         """
         check_trajectory(trajectory, self._adapter)
+        key = tuple(
+            (segment.tokens, segment.images)
+            if isinstance(segment, ContextSegment)
+            else (segment.tokens, segment.choice, segment.choices)
+            for segment in trajectory.segments
+        )
+        if key in self._known_trajectories:
+            self._decisions += self._known_trajectories[key]
+            return
+        first = len(self._decisions)
         prompt, rest = trajectory.segments[:1], trajectory.segments[1:]
         prefix = self._prefixes.add(self._piece(prompt, 0, trajectory.name))
         tail = self._piece(rest, self._prefixes[prefix].next_position, trajectory.name)
@@ -106,6 +117,7 @@ class BatchBuilder:
             if isinstance(segment, ActionSegment):
                 self._add_decisions(prefix, branch, tail, offset, segment)
             offset += len(segment.tokens)
+        self._known_trajectories[key] = self._decisions[first:]
 
     def build(self) -> PolicyBatch:
         """Everything that was added, padded."""

@@ -13,7 +13,9 @@ from rllava_core.policy.adapter import Features, ModelAdapter
 
 
 def check_context(segment: ContextSegment, features: Sequence[Features], adapter: ModelAdapter, name: str) -> None:
-    """Image tokens = image features. Raises InvariantError."""
+    """There are tokens, and image tokens = image features. Raises InvariantError."""
+    if not segment.tokens:
+        raise InvariantError(f"{name}: a prompt or observation without tokens")
     placeholders = segment.tokens.count(adapter.image_token)
     expected = sum(adapter.feature_count(item) for item in features)
     if placeholders != expected:

@@ -62,10 +62,11 @@ class Policy(nn.Module):
         states = self._states(batch)
         scored, entropies = self._score(batch, states)
         choices = _normalise_choices(batch, scored)
+        decided = states[batch.decision_read]
         return PolicyOutput(
             logprobs=torch.cat([scored, choices.flatten()])[batch.decision_logprob],
             entropies=torch.cat([entropies, _entropy(choices)])[batch.decision_entropy],
-            heads={name: at_least_float32(head(states[batch.decision_read])) for name, head in self.heads.items()},
+            heads={name: at_least_float32(head(at_least_float32(decided))) for name, head in self.heads.items()},
         )
 
     def choice_logprobs(self, batch: PolicyBatch) -> Tensor:

@@ -58,7 +58,7 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
                 _remove(target)
             temporary.rename(target)
             flush(directory)
-    except TrainingError:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target

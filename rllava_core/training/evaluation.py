@@ -87,16 +87,20 @@ def held_out(task: Task, limit: int | None, seed: int) -> list[Start]:
 
 
 def _swapped(starts: Sequence[Start], seed: int) -> list[Start]:
-    """Each example with the images of another: a random permutation that leaves none in its place."""
+    """Each example with the images of another that has as many: a random permutation that leaves none in its place."""
     examples = [start.example for start in starts if start.example is not None]
-    counts = {len(example.images) for example in examples}
-    if len(examples) < 2 or len(counts) > 1 or counts == {0}:
-        raise DataError("swapping images needs two or more held-out examples with images, equally many in each")
-    # A cyclic shift of a random order moves every example.
-    order = np.random.default_rng(derive(seed, SWAP)).permutation(len(examples)).tolist()
+    alike: dict[int, list[int]] = {}
+    for number in np.random.default_rng(derive(seed, SWAP)).permutation(len(examples)).tolist():
+        alike.setdefault(len(examples[number].images), []).append(number)
+    alike.pop(0, None)
+    if not alike or min(map(len, alike.values())) < 2:
+        lonely = [examples[members[0]].name for members in alike.values() if len(members) == 1]
+        alone = [f"; no other has as many as {name}" for name in lonely]
+        raise DataError(f"swapping images needs two or more held-out examples with equally many{''.join(alone[:1])}")
     donors: list[Example] = list(examples)
-    for place, number in enumerate(order):
-        donors[number] = examples[order[place - 1]]
+    for members in alike.values():
+        for place, number in enumerate(members):
+            donors[number] = examples[members[place - 1]]  # a cyclic shift moves every example
     return [
         replace(start, example=replace(example, images=donor.images))
         for start, example, donor in zip(starts, examples, donors, strict=True)

@@ -71,7 +71,10 @@ def writing(what: str) -> Iterator[None]:
     """Turn a failure to write (a full disk, a missing permission) into one clear TrainingError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # Tokenizers raise nothing more specific than Exception where there is no space left.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
         raise TrainingError(f"{what} could not be written: {error}") from error
 
 

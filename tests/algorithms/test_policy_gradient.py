@@ -79,6 +79,21 @@ def test_advantages_may_be_given_for_every_decision(access: Any, trajectories: l
     assert batch.advantages.tolist() == list(range(sum(trajectory.decisions for trajectory in trajectories)))
 
 
+def test_advantages_are_taken_once_however_many_epochs_follow(access: Any, trajectories: list[Trajectory]) -> None:
+    """An algorithm may keep a running mean in them."""
+    calls = []
+
+    class Counting(Reinforce):
+        def advantages(self, rollouts: Rollouts) -> Tensor:
+            calls.append(rollouts)
+            return super().advantages(rollouts)
+
+    batches = list(Counting(PolicyGradientConfig(epochs=3, minibatches=2)).prepare(trajectories, access()))
+
+    assert len(batches) == 6
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize(("aggregation", "length"), [("sequence", None), ("token", None), ("constant", 12)])
 @pytest.mark.parametrize("entropy", [0.0, 0.3, -0.2])
 @pytest.mark.parametrize(("coefficient", "estimator"), [(0.0, "k3"), (0.7, "k2"), (0.7, "k3")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,19 @@ def test_a_directory_of_something_else_is_left_as_it_is(refused: Refused, tmp_pa
 
     assert message == "photos exists and holds no run: choose an empty or new --run-dir"
     assert files(tmp_path / "photos") == {"cat.png": b"cat"}
+
+
+def test_an_interrupted_run_exits_with_130_and_says_how_to_go_on(
+    run_rllava: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rllava_core.cli.display.Display.stepped", lambda *_: signal.raise_signal(signal.SIGINT))
+
+    result = run_rllava("train", "toy.yaml", "task.prompt=Which colour?")
+
+    assert result.exit_code == 130
+    command = "rllava train toy.yaml 'task.prompt=Which colour?' --run-dir runs/toy-001 --resume"
+    assert result.stdout.endswith(f"Go on with:  {command}\n")
+    assert "Interrupted after 1 steps" in result.stdout
 
 
 def test_debug_shows_where_an_error_came_from(run_rllava: Run) -> None:

@@ -168,7 +168,8 @@ class Workbench:
                     head.bias[token] = value
             model.lm_head = head
         policy = Policy(adapter, model, heads, temperature)
-        policy.heads.to(precision)
+        if precision == torch.float64:
+            policy.heads.double()
         return policy
 
     def pack(self, policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyBatch:

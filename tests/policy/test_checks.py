@@ -74,6 +74,11 @@ def test_the_limit_itself_is_allowed(toy: Any) -> None:
         check_length(adapter.context_length + 1, adapter, "it")
 
 
+def test_a_prompt_without_tokens(toy: Any) -> None:
+    """There would be no state to decide in."""
+    refuse(toy, ContextSegment(()), action(), match=": a prompt or observation without tokens")
+
+
 def test_a_trajectory_that_begins_with_an_action(toy: Any) -> None:
     refuse(toy, action(), QUESTION, action(), match="begins with a prompt and ends with an action")
 

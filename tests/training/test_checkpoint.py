@@ -157,6 +157,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(build_toy: Build, fol
 FULL = OSError(28, "No space left on device")
 
 WRITERS: dict[str, tuple[object, str, Exception]] = {
+    "the tokenizer": (Policy, "model", Exception("No space left on device (os error 28)")),  # what tokenizers raise
     "the weights": (Policy, "model", SafetensorError("I/O error: No space left on device (os error 28)")),
     "the state": (checkpoint, "save_tree", FULL),
     "the progress": (Path, "write_text", FULL),
@@ -202,6 +203,7 @@ def test_a_mistake_of_an_adapter_is_not_taken_for_a_full_disk(
     monkeypatch.setattr(parts.adapter, "save", fail)
     with pytest.raises(ZeroDivisionError):
         save(folder, parts, Progress(step=2))
+    assert list(folder.iterdir()) == []
 
 
 @pytest.fixture

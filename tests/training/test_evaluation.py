@@ -127,8 +127,31 @@ def test_what_cannot_be_swapped_is_refused(build_toy: Build, counts: tuple[int, 
     parts = build_toy()
     task: Task = replace(parts.task, examples=lambda split: pictured(*counts))
 
-    with pytest.raises(DataError, match="needs two or more held-out examples with images, equally many in each"):
+    with pytest.raises(DataError, match="needs two or more held-out examples with equally many"):
         run(replace(parts, task=task), swap_images=True)
+
+
+def test_examples_swap_with_those_that_have_as_many_images(build_toy: Build) -> None:
+    parts = build_toy()
+    shades = iter(range(0, 255, 5))
+    examples = [
+        Example(
+            f"e{index}",
+            {"question": "?"},
+            tuple(Image.from_array(np.full((8, 8), next(shades), np.uint8)) for _ in range(count)),
+            "x",
+        )
+        for index, count in enumerate((1, 2, 0, 2, 1, 2))
+    ]
+    task: Task = replace(parts.task, examples=lambda split: examples)
+
+    swapped = [item.prompt.images for item in run(replace(parts, task=task), swap_images=True).trajectories]
+
+    assert [len(images) for images in swapped] == [1, 2, 0, 2, 1, 2]
+    assert all(images != example.images for images, example in zip(swapped, examples, strict=True) if images)
+    assert sorted(image.digest for images in swapped for image in images) == sorted(
+        image.load().digest for example in examples for image in example.images
+    )
 
 
 def test_an_environment_without_examples_cannot_be_swapped(build_toy: Build) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -278,6 +279,34 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_noticed(run_toy: Run, monk
     monkeypatch.setattr(ToyAdapter, "positions", shifted)
     with pytest.raises(InvariantError, match=r"^step \d+: log-probs while sampling and recomputed differ by"):
         run_toy("task.choices=", "training.max_logprob_gap=1.0e-3")
+
+
+def test_ctrl_c_ends_the_run_after_the_step_and_is_ours_no_longer_afterwards(
+    run_toy: Run, tmp_path: Path, watcher: Any
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    watcher.stepped = lambda step, metrics: signal.raise_signal(signal.SIGINT) if step == 3 else None
+
+    summary = run_toy()
+
+    assert (summary["status"], summary["steps"], watcher.stops) == ("interrupted", 3, 1)
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000003",
+    ]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_is_not_waited_for(run_toy: Run, tmp_path: Path, watcher: Any) -> None:
+    def press_twice(step: int, metrics: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    watcher.stepped = press_twice
+    with pytest.raises(KeyboardInterrupt):
+        run_toy()
+
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_run_works_outside_the_main_thread(run_toy: Run) -> None:
