@@ -153,7 +153,9 @@ class Registry:
             parts.append(f"Not loaded: {', '.join(f'{p.distribution} {p.version} ({p.status})' for p in unusable)}.")
         present = distribution in {plugin.distribution for plugin in self.plugins}
         if re.fullmatch(r"[a-z][a-z0-9_-]*", prefix or bare) and not present:
-            parts.append(f"Try: pip install {distribution}")
+            # Algorithms and model families have packages of their own name; packages of the others hold several.
+            named = bool(prefix) or what in ("algorithm", "model")
+            parts.append(f"Try: pip install {distribution}" if named else "Install the package that provides it.")
         return PluginError(" ".join(parts))
 
 

@@ -89,13 +89,10 @@ def toy_config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_rllava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """`run_rllava("train", …)` in this process and on one thread, with `tmp_path` as the current folder.
+    """`run_rllava("train", …)` in this process, with `tmp_path` as the current folder.
 
     An exception that is no message for the user is raised here.
     """
-    import torch
-
-    torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     return lambda *args: CliRunner().invoke(rllava, args, catch_exceptions=False)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
 from rllava_core.config.problems import Source, describe
 from rllava_core.config.reading import apply_overrides, read_yaml
 from rllava_core.config.sections import ComponentSection, ModelSection, Options, RewardSection, RunConfig
-from rllava_core.errors import ConfigError, PluginError
+from rllava_core.errors import ConfigError, PluginError, RllavaError
 from rllava_core.plugins import Component, Registry
 from rllava_core.specs import Kind
 
@@ -68,38 +68,50 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {"model": ModelSection, "reward": Rew
 
 
 def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConfig:
+    """Find and validate every component, and report all that is wrong at once."""
+    problems: list[RllavaError] = []
+
     def resolve(
         kind: Kind, name: str, options: dict[str, Any], key: tuple[str, ...], role: str | None = None
-    ) -> Resolved:
+    ) -> Resolved | None:
         section = _SECTIONS.get(kind, ComponentSection)
         try:
             component = registry.find(kind, name, role)
             model = component.load_config() or NoOptions
+            return Resolved(component, model.model_validate(options))
         except PluginError as error:
             chosen = (*key, "adapter" if kind == "model" else "name")
-            raise PluginError(f"{source.of(chosen)}: {'.'.join(chosen)}: {error}") from error
-        try:
-            return Resolved(component, model.model_validate(options))
+            named = PluginError(f"{source.of(chosen)}: {'.'.join(chosen)}: {error}")
+            named.__cause__ = error
+            problems.append(named)
         except ValidationError as error:
-            owner = f" of {kind} {component.spec.name!r}"
-            raise ConfigError(describe(error, model, key, source, owner, section)) from None
+            owner = f" of {kind} {name!r}"
+            problems.append(ConfigError(describe(error, model, key, source, owner, section)))
+        return None
 
     task, engine = run.task, run.engine
-    resolved = ResolvedConfig(
-        run=run,
-        model=resolve("model", run.model.adapter, run.model.options, ("model",)),
-        algorithm=resolve("algorithm", run.algorithm.name, run.algorithm.options, ("algorithm",)),
-        environment=resolve("environment", task.environment.name, task.environment.options, ("task", "environment")),
-        dataset=resolve("dataset", task.dataset.name, task.dataset.options, ("task", "dataset"))
-        if task.dataset
+    parts = {
+        "model": resolve("model", run.model.adapter, run.model.options, ("model",)),
+        "algorithm": resolve("algorithm", run.algorithm.name, run.algorithm.options, ("algorithm",)),
+        "environment": resolve("environment", task.environment.name, task.environment.options, ("task", "environment")),
+        "dataset": resolve("dataset", task.dataset.name, task.dataset.options, ("task", "dataset"))
+        if task.dataset is not None
         else None,
-        rewards=tuple(
-            resolve("reward", reward.name, reward.options, ("task", "rewards", str(index)))
-            for index, reward in enumerate(task.rewards)
+        "train_engine": resolve("engine", engine.train.name, engine.train.options, ("engine", "train"), "train"),
+        "rollout_engine": resolve(
+            "engine", engine.rollout.name, engine.rollout.options, ("engine", "rollout"), "rollout"
         ),
-        train_engine=resolve("engine", engine.train.name, engine.train.options, ("engine", "train"), "train"),
-        rollout_engine=resolve("engine", engine.rollout.name, engine.rollout.options, ("engine", "rollout"), "rollout"),
-    )
+    }
+    rewards = [
+        resolve("reward", reward.name, reward.options, ("task", "rewards", str(index)))
+        for index, reward in enumerate(task.rewards)
+    ]
+    if problems:
+        first = problems[0]
+        if len(problems) == 1:
+            raise first
+        raise type(first)("\n".join(str(problem) for problem in problems)) from first.__cause__
+    resolved = ResolvedConfig(run=run, rewards=cast(tuple[Resolved, ...], tuple(rewards)), **cast(Any, parts))
     _check_needs(resolved, source)
     return _with_defaults(resolved)
 

@@ -18,7 +18,7 @@ class Options(BaseModel):
 class ComponentSection(BaseModel):
     """The choice of a component, written as `name` or as `{name: name, option: value, …}`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str = Field(description="a component, or `distribution/component` where the bare name is ambiguous")
 
@@ -49,7 +49,7 @@ class RewardSection(ComponentSection):
 class ModelSection(BaseModel):
     """The model family; everything beside `adapter` belongs to it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     adapter: str = Field(description="the model adapter component")
 

@@ -146,6 +146,8 @@ class Episodes:
     def _finish(
         self, environment: Environment, start: Start, group: int, prompt: ContextSegment, action: ActionSegment
     ) -> Trajectory:
+        if not np.isfinite(action.logprobs).all():
+            raise TrainingError(f"{start.name}: the policy's log-probs are not finite, so its weights are damaged")
         with _playing(start):
             transition = environment.step(Action(action.text, action.choice, action.ended))
         if not transition.done:

@@ -6,8 +6,8 @@ import signal
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -112,7 +112,8 @@ class _Run:
                 log.write(0, metrics)
                 trackers.write(0, metrics)
             while progress.step < training.steps and not interrupt.requested:
-                metrics = self._step(progress.step)
+                with self._during(f"step {progress.step + 1}"):
+                    metrics = self._step(progress.step)
                 progress.step += 1
                 if _due(training.eval_every, progress.step, training.steps):
                     metrics |= self._evaluate(progress.step)
@@ -137,16 +138,17 @@ class _Run:
         self.registry.hook.rllava_run_end(summary=summary)
         return summary
 
-    def _step(self, step: int) -> dict[str, float]:
-        """One iteration. A run that fails says in which step, and what was saved."""
+    @contextmanager
+    def _during(self, what: str) -> Iterator[None]:
+        """A run that fails says where, and what was saved."""
         try:
-            return self._iterate(step)
+            yield
         except (TrainingError, RewardError, InvariantError) as error:
-            error.args = (f"step {step + 1}: {error}; {self._last_checkpoint()}",)
+            error.args = (f"{what}: {error}; {self._last_checkpoint()}",)
             raise
 
-    def _iterate(self, step: int) -> dict[str, float]:
-        """Sample, reward, learn, hand over: everything random in it follows from (seed, step)."""
+    def _step(self, step: int) -> dict[str, float]:
+        """One iteration: everything random in it follows from (seed, step)."""
         algorithm, trainer = self.parts.algorithm, self.parts.trainer
         clock = _Clock()
         seed_everything(derive(self.training.seed, GLOBAL, step))
@@ -194,9 +196,10 @@ class _Run:
     def _evaluate(self, step: int) -> dict[str, float]:
         clock = _Clock()
         training = self.training
-        result = evaluate(
-            self.parts.task, self.episodes, training.eval_episodes, training.seed, training.prompts_per_step
-        )
+        with self._during(f"evaluation at step {step}"):
+            result = evaluate(
+                self.parts.task, self.episodes, training.eval_episodes, training.seed, training.prompts_per_step
+            )
         summary = result.summary()
         evaluations = self.progress.evaluations
         evaluations.setdefault("first", {**summary})

@@ -243,6 +243,19 @@ def test_a_learning_rate_that_destroys_the_model_stops_the_run(refused: Refused,
     assert steps(tmp_path / "run") == [0, 1]
 
 
+def test_a_model_that_was_destroyed_is_not_saved(refused: Refused, tmp_path: Path) -> None:
+    """Greedily, nonsense could still be answered; the run must not end as if all were well."""
+    message = refused(
+        "train", "toy.yaml", "training.learning_rate=1e38", "training.steps=1", "--run-dir", "run", code=1
+    )
+
+    assert message == (
+        "evaluation at step 1: colours:0: the policy's log-probs are not finite, so its weights are damaged; "
+        "no checkpoint had been saved yet"
+    )
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_a_directory_that_holds_a_run_is_left_as_it_is(run_rllava: Run, refused: Refused, tmp_path: Path) -> None:
     assert run_rllava("train", "toy.yaml", "training.steps=2", "--run-dir", "run").exit_code == 0
     before = files(tmp_path / "run")
@@ -283,4 +296,4 @@ def test_debug_shows_where_an_error_came_from(run_rllava: Run) -> None:
 
     assert result.exit_code == 1
     assert "KeyError: 'nothing here'" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("error: reward 'broken' raised KeyError")
+    assert result.stderr.splitlines()[-1].startswith("error: evaluation at step 0: reward 'broken' raised KeyError")

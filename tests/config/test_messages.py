@@ -261,3 +261,17 @@ def test_an_error_of_a_component_is_the_plugin_errors_own_kind(resolve: Callable
         resolve("algorithm=nothing")
 
     assert isinstance(caught.value.__cause__, PluginError)
+
+
+def test_everything_that_is_missing_is_named_at_once(refusal: Refusal) -> None:
+    message = refusal("algorithm.name=nowhere", "model.adapter=elsewhere", "task.rewards.0.name=nothing")
+
+    lines = message.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        "override 'model.adapter=elsewhere'",
+        "override 'algorithm.name=nowhere'",
+        "override 'task.rewards.0.name=nothing'",
+    ]
+    assert "no algorithm 'nowhere' is installed (installed: " in lines[1]
+    assert "toy_critic" in lines[1]
+    assert lines[1].endswith("Try: pip install rllava-nowhere")

@@ -235,3 +235,9 @@ def test_a_target_that_cannot_be_imported_is_named_with_its_cause(
         assert "algorithm 'example' of vendor-a 0.3" in said
         assert f"{role} {target!r}" in said
         assert cause in said
+
+
+def test_no_package_is_guessed_for_kinds_of_which_a_package_holds_several() -> None:
+    said = message(load_plugins([]), "reward", "exact")
+
+    assert said == "no reward 'exact' is installed (installed: none). Install the package that provides it."

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import torch
 
 PLUGINS = ("rllava_qwen2vl", "rllava_grpo", "rllava_vqa")
 
@@ -26,12 +25,6 @@ task:
   rewards: [{name: exact_match, weight: 0.9}, {name: answer_format, weight: 0.1}]
 training: {steps: 3, prompts_per_step: 6, learning_rate: 1.0e-3, eval_every: 2, save_every: 2}
 """
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """For models so small, threads are a burden."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rllava_core.config import load
 from rllava_core.plugins import load_plugins
@@ -22,12 +21,6 @@ from rllava_core.training.loop import train
 from rllava_core.training.run_directory import RunDirectory
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """For models so small, threads are a burden; and they are one source less of doubt about equal bits."""
-    torch.set_num_threads(1)
 
 
 @dataclass
