@@ -28,8 +28,9 @@ def names(evaluation: Evaluation) -> list[str]:
     return [trajectory.name for trajectory in evaluation.trajectories]
 
 
-def test_every_held_out_example_is_asked_once_in_order(build_toy: Build) -> None:
-    result = run(build_toy())
+@pytest.mark.parametrize("chunk", [1, 4, 32])
+def test_every_held_out_example_is_asked_once_in_order(build_toy: Build, chunk: int) -> None:
+    result = run(build_toy(), chunk=chunk)
 
     assert names(result) == [f"colours:{number}" for number in range(0, 24, 4)]
     assert result.episodes == 6

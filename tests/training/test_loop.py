@@ -16,9 +16,13 @@ from rllava_core.errors import ConfigError, DataError, InvariantError, RewardErr
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
 from rllava_core.training import loop
 from rllava_core.training.build import Task
+from rllava_core.training.episodes import Episodes
+from rllava_core.training.evaluation import Evaluation
 from rllava_core.training.loop import describe
 
 Run = Callable[..., dict[str, Any]]
+
+BRIGHTNESS = ("task.dataset=", "task.environment=brightness", "task.choices=", "task.rewards=[]")
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -78,15 +82,46 @@ def test_the_summary_holds_the_first_the_last_and_the_best_evaluation(run_toy: R
     assert summary["wall_seconds"] > 0
 
 
+def test_the_checkpoint_of_the_best_evaluation_is_kept(
+    run_toy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([0.1, 0.9, 0.3, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(rates), 0.0, 6, {}, (), ()))
+
+    summary = run_toy("training.steps=6", "training.eval_every=2", "training.keep_checkpoints=1")
+
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-000002", "step-000006"]
+    assert summary["eval"]["best"]["step"] == 2
+
+
+def test_no_two_steps_share_their_randomness(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the seed of sampling nor those of episodes; and none of those held out is trained on."""
+    sampling: list[int | None] = []
+    episodes: list[list[int]] = []
+    original = Episodes.play
+
+    def watched(self: Episodes, starts: Any, group_size: int, seed: int | None) -> Any:
+        sampling.append(seed)
+        episodes.append([start.seed for start in starts])
+        return original(self, starts, group_size, seed)
+
+    monkeypatch.setattr(Episodes, "play", watched)
+    run_toy(*BRIGHTNESS, "training.steps=3", "training.eval_every=0", "training.eval_episodes=4")
+
+    # An evaluation, three steps, an evaluation.
+    assert (sampling[0], sampling[-1]) == (None, None)
+    assert None not in sampling[1:-1]
+    assert len(set(sampling[1:-1])) == 3
+    assert episodes[0] == episodes[-1]
+    assert len({seed for seeds in episodes[:-1] for seed in seeds}) == 16
+
+
 def test_zero_means_only_at_the_ends(run_toy: Run, tmp_path: Path) -> None:
     run_toy("training.steps=3", "training.eval_every=0", "training.save_every=0", "training.sample_every=0")
 
     assert [line["step"] for line in metrics(tmp_path) if "eval/success_rate" in line] == [0, 3]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000003"]
     assert not (tmp_path / "run" / "trajectories").exists()
-
-
-BRIGHTNESS = ("task.dataset=", "task.environment=brightness", "task.choices=", "task.rewards=[]")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
