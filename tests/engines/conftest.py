@@ -21,10 +21,10 @@ from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, T
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
-from rllava_toy.adapter import END, IMAGE, START, ToyAdapter
+from rllava_core.testing.tiny import END, IMAGE, START, TinyAdapter
 
 
-class PreciseToyAdapter(ToyAdapter):
+class PreciseTinyAdapter(TinyAdapter):
     """The toy in float64."""
 
     def load(self) -> Any:
@@ -43,7 +43,7 @@ class Workbench:
 
     def policy(self, seed: int = 0, heads: Mapping[str, int] | None = None, precise: bool = True) -> Policy:
         torch.manual_seed(seed)
-        adapter = (PreciseToyAdapter if precise else ToyAdapter)(ModelConfig(from_scratch="tiny"))
+        adapter = (PreciseTinyAdapter if precise else TinyAdapter)(ModelConfig(from_scratch="tiny"))
         policy = Policy(adapter, adapter.load(), heads)
         return policy.double() if precise else policy
 

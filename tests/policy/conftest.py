@@ -22,12 +22,12 @@ from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
-from rllava_toy.adapter import END, IMAGE, PAD, PATCH, START, ToyAdapter
+from rllava_core.testing.tiny import END, IMAGE, PAD, PATCH, START, TinyAdapter
 
 FORBIDDEN = (START, PAD, IMAGE)
 
 
-class PreciseToyAdapter(ToyAdapter):
+class PreciseTinyAdapter(TinyAdapter):
     """The toy in float64, counting what it is asked to do."""
 
     precision = torch.float64
@@ -142,8 +142,8 @@ class Workbench:
 
     Plain = Plain
 
-    def adapter(self, precision: torch.dtype = torch.float64) -> PreciseToyAdapter:
-        adapter = PreciseToyAdapter(ModelConfig(from_scratch="tiny"))
+    def adapter(self, precision: torch.dtype = torch.float64) -> PreciseTinyAdapter:
+        adapter = PreciseTinyAdapter(ModelConfig(from_scratch="tiny"))
         adapter.precision = precision
         return adapter
 

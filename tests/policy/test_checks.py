@@ -14,7 +14,7 @@ from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment
 from rllava_core.policy.batch import BatchBuilder
 from rllava_core.policy.checks import check_length, check_recomputed
 from rllava_core.policy.media import MediaStore
-from rllava_toy.adapter import END, IMAGE, PAD, START
+from rllava_core.testing.tiny import END, IMAGE, PAD, START
 
 WHERE = r"train\.jsonl:12"
 QUESTION = ContextSegment((START, ord("?"), END, START))

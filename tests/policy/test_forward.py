@@ -14,7 +14,7 @@ from torch import Tensor
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
 from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.policy import Policy, PolicyOutput
-from rllava_toy.adapter import END, VOCABULARY
+from rllava_core.testing.tiny import END, VOCABULARY
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 

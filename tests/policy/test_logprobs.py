@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rllava_core.policy.policy as policy_module
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.logprobs import chunked_logprobs, log_softmax_of
-from rllava_toy.adapter import VOCABULARY
+from rllava_core.testing.tiny import VOCABULARY
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 STATES, HIDDEN, WORDS = 13, 8, 11

@@ -13,7 +13,7 @@ from rllava_core.mdp.images import Image
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.batch import BatchBuilder
 from rllava_core.policy.media import MediaStore
-from rllava_toy.adapter import PATCH
+from rllava_core.testing.tiny import PATCH
 
 PATCH_BYTES = 3 * PATCH * PATCH * 4
 

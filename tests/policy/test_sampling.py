@@ -18,7 +18,7 @@ from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.sampling import Request, sample
-from rllava_toy.adapter import END, IMAGE, PAD, START
+from rllava_core.testing.tiny import END, IMAGE, PAD, START
 
 ROUNDING = 2.0**-23
 """Log-probs are recorded as float32."""

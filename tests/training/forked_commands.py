@@ -36,8 +36,8 @@ import rllava_core.cli.train
 import rllava_core.engines.local_rollout
 import rllava_core.engines.local_train
 import rllava_core.mdp.single_turn
+import rllava_core.testing.tiny
 import rllava_core.training.loop  # noqa: F401
-import rllava_toy.adapter
 import rllava_toy.algorithm
 import rllava_toy.task  # noqa: F401
 from rllava_core.cli import rllava

@@ -82,9 +82,9 @@ def test_a_damaged_checkpoint_is_named_whatever_its_reader_raises(build_toy: Bui
 
 
 def test_a_mistake_of_an_adapter_is_not_disguised(build_toy: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rllava_toy.adapter import ToyAdapter
+    from rllava_core.testing.tiny import TinyAdapter
 
-    monkeypatch.setattr(ToyAdapter, "load", lambda self: 1 / 0)
+    monkeypatch.setattr(TinyAdapter, "load", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_toy()
 
@@ -98,7 +98,8 @@ class Config(Options):
 
 @hookimpl
 def rllava_models():
-    return [ComponentSpec(name="stubborn", target="rllava_toy.adapter:ToyAdapter", config="rllava_stubborn:Config")]
+    target = "rllava_core.testing.tiny:TinyAdapter"
+    return [ComponentSpec(name="stubborn", target=target, config="rllava_stubborn:Config")]
 """
 
 

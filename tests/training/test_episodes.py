@@ -12,9 +12,9 @@ from rllava_core.errors import DataError, ModelError, TrainingError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Action, Message, Observation, Transition
+from rllava_core.testing.tiny import END
 from rllava_core.training.build import Parts
 from rllava_core.training.episodes import Episodes, Start
-from rllava_toy.adapter import END
 
 Build = Callable[..., Parts]
 

@@ -253,12 +253,12 @@ def test_a_mistake_that_stops_a_run_before_it_begins_leaves_no_run_directory(
 
 
 def test_data_are_checked_before_weights_are_loaded(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rllava_toy.adapter import ToyAdapter
+    from rllava_core.testing.tiny import TinyAdapter
 
     def load(self: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(ToyAdapter, "load", load)
+    monkeypatch.setattr(TinyAdapter, "load", load)
     with pytest.raises(DataError, match="no train examples"):
         run_toy("task.dataset.count=1")
     with pytest.raises(DataError, match="no held_out examples"):
@@ -302,16 +302,16 @@ def test_a_run_that_fails_at_once_says_that_nothing_was_saved(run_toy: Run) -> N
 
 
 def test_a_policy_that_is_not_the_one_that_sampled_is_noticed(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rllava_toy.adapter import ToyAdapter
+    from rllava_core.testing.tiny import TinyAdapter
 
-    original, calls = ToyAdapter.positions, []
+    original, calls = TinyAdapter.positions, []
 
-    def shifted(self: ToyAdapter, tokens: Any, features: Any, start: int) -> Any:
+    def shifted(self: TinyAdapter, tokens: Any, features: Any, start: int) -> Any:
         calls.append(1)
         positions = original(self, tokens, features, start)
         return positions * 3 if len(calls) > 24 else positions
 
-    monkeypatch.setattr(ToyAdapter, "positions", shifted)
+    monkeypatch.setattr(TinyAdapter, "positions", shifted)
     with pytest.raises(InvariantError, match=r"^step \d+: log-probs while sampling and recomputed differ by"):
         run_toy("task.choices=", "training.max_logprob_gap=1.0e-3")
 

@@ -25,10 +25,10 @@ from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, T
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
-from rllava_toy.adapter import END, IMAGE, PAD, START, ToyAdapter
+from rllava_core.testing.tiny import END, IMAGE, PAD, START, TinyAdapter
 
 
-class PreciseToyAdapter(ToyAdapter):
+class PreciseTinyAdapter(TinyAdapter):
     """The toy in float64."""
 
     def load(self) -> Any:
@@ -60,7 +60,7 @@ class Workbench:
 
     def policy(self) -> Policy:
         torch.manual_seed(0)
-        adapter = PreciseToyAdapter(ModelConfig(from_scratch="tiny"))
+        adapter = PreciseTinyAdapter(ModelConfig(from_scratch="tiny"))
         return Policy(adapter, adapter.load())
 
     def perturbed(self, policy: Policy, scale: float = 0.05) -> Policy:

@@ -15,7 +15,7 @@ def rllava_models() -> list[ComponentSpec]:
     return [
         ComponentSpec(
             name="toy",
-            target="rllava_toy.adapter:ToyAdapter",
+            target="rllava_core.testing.tiny:TinyAdapter",
             config="rllava_core.policy.config:ModelConfig",
             provides=frozenset({"heads"}),
         )

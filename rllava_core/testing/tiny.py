@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ VOCABULARY = 260
 PATCH = 4
 
 
-class ToyModel(PreTrainedModel):
+class TinyModel(PreTrainedModel):
     """Llama with image patches in place of placeholder tokens."""
 
     config_class = LlamaConfig
@@ -36,17 +36,17 @@ class ToyModel(PreTrainedModel):
         self.backbone = LlamaModel(config)
         self.vision = nn.Linear(3 * PATCH * PATCH, config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def hidden(self, tokens: Tensor, patches: Tensor | None, **inputs: Any) -> Tensor:
         embedded = self.backbone.embed_tokens(tokens)
         if patches is not None:
             images = (tokens == IMAGE).unsqueeze(-1).expand_as(embedded)
             embedded = embedded.masked_scatter(images, self.vision(patches).to(embedded.dtype))
-        return self.backbone(inputs_embeds=embedded, **inputs).last_hidden_state
+        return cast(Tensor, self.backbone(inputs_embeds=embedded, **inputs).last_hidden_state)
 
 
-class ToyAdapter:
+class TinyAdapter:
     pad_token = PAD
     end_of_turn = (END,)
     image_token = IMAGE
@@ -60,8 +60,8 @@ class ToyAdapter:
         if self.config.path is not None:
             if not (Path(self.config.path) / "config.json").is_file():
                 raise ModelError(f"model {self.config.path}: holds no config.json")
-            return ToyModel.from_pretrained(self.config.path)
-        return ToyModel(
+            return TinyModel.from_pretrained(self.config.path)
+        return TinyModel(
             LlamaConfig(
                 vocab_size=VOCABULARY,
                 hidden_size=16,
@@ -105,8 +105,8 @@ class ToyAdapter:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> torch.LongTensor:
-        positions: Any = torch.arange(start, start + len(tokens))[None]
-        return positions
+        positions = torch.arange(start, start + len(tokens))[None]
+        return cast(torch.LongTensor, positions)
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         return {"patches": torch.cat([item["patches"] for item in features])}
@@ -121,7 +121,7 @@ class ToyAdapter:
         media: Mapping[str, Tensor],
         cache: Cache,
     ) -> Tensor:
-        assert isinstance(model, ToyModel)
+        assert isinstance(model, TinyModel)
         return model.hidden(
             tokens,
             media.get("patches"),
@@ -132,7 +132,7 @@ class ToyAdapter:
         )
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
-        return model.lm_head
+        return cast(nn.Module, model.lm_head)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory)

@@ -1,0 +1,185 @@
+"""What the six conformance suites share: finding the component, its config's checks, and running without pytest.
+
+A suite is a class whose methods named `test_…` are its checks. A plugin's tests subclass it and name the component:
+
+    from rllava_core.testing import RewardConformance
+
+    class TestBrevity(RewardConformance):
+        component = "brevity"
+        options = {"limit": 10}
+
+pytest collects the checks like any test, and `rllava plugins check --deep` runs them without pytest. A check that does
+not apply raises `unittest.SkipTest`, which pytest understands; one that fails raises ConformanceError.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+from unittest import SkipTest
+
+from pydantic import BaseModel
+
+from rllava_core.config.resolving import NoOptions
+from rllava_core.plugins import Component, load_plugins
+from rllava_core.specs import Kind
+
+Check = TypeVar("Check", bound=Callable[..., None])
+
+
+class ConformanceError(AssertionError):
+    """A component does not keep the contract of its kind; the message says what it did and what would be right."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check.
+
+    check: the method's name without `test_`.
+    message: why it failed or was skipped.
+    """
+
+    check: str
+    status: Literal["passed", "failed", "skipped"]
+    message: str = ""
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ConformanceError with the message unless the condition holds."""
+    if not condition:
+        raise ConformanceError(message)
+
+
+def slow(check: Check) -> Check:
+    """Mark a check that trains or samples for seconds: left out of `rllava plugins check --deep`."""
+    check.slow = True  # type: ignore[attr-defined]
+    return check
+
+
+class Conformance:
+    """Base of the suites.
+
+    component: name of an installed component, bare or `distribution/name`. Empty where `create` is overridden to make
+        an object that no plugin registers; the checks of spec and config are then skipped.
+    options: what a config would write beside the component's name.
+    """
+
+    kind: ClassVar[Kind]
+    component: str = ""
+    role: str | None = None
+    options: Mapping[str, Any] = {}
+
+    def find(self) -> Component:
+        """The installed component. Raises PluginError if there is none, SkipTest if none is named."""
+        if not self.component:
+            raise SkipTest("no component is named, so there is no spec to check")
+        return load_plugins().find(self.kind, self.component, self.role)
+
+    def target(self) -> Any:
+        """The component's class."""
+        return self.find().load_target()
+
+    def config(self) -> BaseModel:
+        """The component's config with `options`, validated."""
+        model: type[BaseModel] = self.find().load_config() or NoOptions
+        return model.model_validate(dict(self.options))
+
+    def create(self) -> Any:
+        """A new object of the component."""
+        return self.target()(self.config())
+
+    def test_the_target_can_be_imported(self) -> None:
+        require(callable(self.find().load_target()), f"target {self.find().spec.target!r} is not a class or function")
+
+    def test_the_component_has_a_summary(self) -> None:
+        summary = self.find().spec.summary
+        require(summary.strip(), "ComponentSpec has no summary: say in one line what it does, for `rllava plugins`")
+        require("\n" not in summary, "the summary of a ComponentSpec is one line")
+
+    def test_the_config_is_a_pydantic_model(self) -> None:
+        model = self._config_model()
+        require(
+            isinstance(model, type) and issubclass(model, BaseModel),
+            f"config {self.find().spec.config!r} is {model!r}; expected a subclass of rllava_core.config.Options",
+        )
+
+    def test_the_config_refuses_unknown_keys(self) -> None:
+        model = self._config_model()
+        require(
+            model.model_config.get("extra") == "forbid",
+            f"{model.__name__} accepts unknown keys, so a misspelt option would be ignored: derive it from "
+            "rllava_core.config.Options",
+        )
+
+    def test_every_option_has_a_description(self) -> None:
+        model = self._config_model()
+        silent = [name for name, field in model.model_fields.items() if not field.description]
+        require(not silent, f"{model.__name__}: no Field(description=…) for {', '.join(silent)}")
+
+    def test_the_config_survives_being_written_to_a_file(self) -> None:
+        config = self.config()
+        again = type(config).model_validate(config.model_dump(mode="json"))
+        require(again == config, f"{config!r} became {again!r} when written as JSON and read again")
+
+    def test_the_config_imports_neither_torch_nor_transformers(self) -> None:
+        where = self.find().spec.config
+        if where is None:
+            raise SkipTest("the component has no options")
+        module = where.partition(":")[0]
+        script = (
+            f"import sys; sys.path[:] = {sys.path!r}; import {module}; "
+            "print(*({'torch', 'transformers'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+        require(done.returncode == 0, f"importing {module!r} alone fails: {done.stderr.strip()[-500:]}")
+        # The last line: the module may print while it is imported.
+        heavy = done.stdout.splitlines()[-1].strip()
+        require(not heavy, f"importing {module!r} imports {heavy}, so checking a config would take seconds")
+
+    def _config_model(self) -> Any:
+        model = self.find().load_config()
+        if model is None:
+            raise SkipTest("the component has no options")
+        return model
+
+
+def checks_of(suite: type[Conformance]) -> list[str]:
+    """Names of the methods that are a suite's checks, the common ones first, otherwise in the order written."""
+    names: dict[str, None] = {}
+    for parent in reversed(suite.__mro__):
+        names |= dict.fromkeys(name for name in vars(parent) if name.startswith("test_"))
+    return [name for name in names if callable(getattr(suite, name))]
+
+
+def run(suite: Conformance, *, quick: bool = False) -> list[Outcome]:
+    """Run every check of a suite, or the quick ones, and never raise for what a component does."""
+    return [
+        _run_check(suite, name)
+        for name in checks_of(type(suite))
+        if not (quick and getattr(getattr(suite, name), "slow", False))
+    ]
+
+
+def raise_failures(outcomes: Iterable[Outcome]) -> None:
+    """Raise one ConformanceError that lists every check that failed; nothing if none did."""
+    failed = [
+        f"{outcome.check.replace('_', ' ')}: {outcome.message}" for outcome in outcomes if outcome.status == "failed"
+    ]
+    if failed:
+        raise ConformanceError("\n".join(failed))
+
+
+def _run_check(suite: Conformance, name: str) -> Outcome:
+    check = name.removeprefix("test_")
+    try:
+        getattr(suite, name)()
+    except SkipTest as reason:
+        return Outcome(check, "skipped", str(reason))
+    except ConformanceError as error:
+        return Outcome(check, "failed", str(error))
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a component raises is its check's outcome
+        return Outcome(check, "failed", " ".join(f"raised {type(error).__name__}: {error}".split()))
+    return Outcome(check, "passed")
