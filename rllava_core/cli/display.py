@@ -88,6 +88,9 @@ class Display:
     def stopping(self) -> None:
         self.console.print("Stopping after this step, which will be saved; Ctrl-C again stops at once.")
 
+    def warned(self, message: str) -> None:
+        self.console.print(f"warning: {message}")
+
     def finished(self, summary: Mapping[str, Any]) -> None:
         """The table of held-out results, where everything is, and what to type next."""
         evaluations = summary["eval"]

@@ -28,6 +28,7 @@ from rllava_core.training.build import Parts, Task, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.episodes import Episodes, Start
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
+from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.run_directory import RunDirectory
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
@@ -49,6 +50,10 @@ class Observer(Protocol):
         """Ctrl-C was pressed; the step under way is finished and saved first."""
         ...
 
+    def warned(self, message: str) -> None:
+        """Something is not as it should be, and the run goes on."""
+        ...
+
 
 def train(
     resolved: ResolvedConfig, registry: Registry, directory: RunDirectory, observer: Observer, *, resume: bool
@@ -60,6 +65,8 @@ def train(
     training = resolved.run.training
     check_trackers(training.trackers)
     latest = directory.check(resolved.run, resume=resume)
+    for warning in [*registry.warnings, *directory.check_plugins(registry)]:
+        observer.warned(warning)
     parts = build_parts(resolved, latest)
     held_out(parts.task, training.eval_episodes, training.seed)
     progress = Progress() if latest is None else checkpoint.restore(latest, parts)
@@ -86,7 +93,7 @@ class _Run:
     ) -> None:
         self.config = resolved.run
         self.training = resolved.run.training
-        self.registry = registry
+        self.lifecycle = Lifecycle(registry.lifecycle, observer.warned)
         self.directory = directory
         self.observer = observer
         self.parts = parts
@@ -100,11 +107,20 @@ class _Run:
         self.order = None if examples is None else DataOrder(examples, self.training.seed)
 
     def execute(self) -> dict[str, Any]:
+        """The loop, and what goes around it."""
+        self.lifecycle.run_start(self.config, self.directory.path)
+        try:
+            self._iterate()
+        except BaseException as error:
+            self._end_badly(error)
+            raise
+        return self._end("interrupted" if self.progress.step < self.training.steps else "completed")
+
+    def _iterate(self) -> None:
         """The loop."""
         training, progress = self.training, self.progress
         log = MetricsLog(self.directory.metrics, keep_until=progress.step if self.resumed else -1)
         trackers = Trackers(training.trackers, self.directory.path, self.config.model_dump(mode="json"))
-        self.registry.hook.rllava_run_start(config=self.config, run_dir=self.directory.path)
         began = time.perf_counter() - progress.wall_seconds
         with closing(trackers), _Interrupt(self.observer) as interrupt:
             if not self.resumed:
@@ -121,22 +137,38 @@ class _Run:
                 log.write(progress.step, metrics)
                 trackers.write(progress.step, metrics)
                 self.observer.stepped(progress.step, metrics)
-                self.registry.hook.rllava_step_end(step=progress.step, metrics=metrics)
+                self.lifecycle.step_end(progress.step, metrics)
                 if _due(training.save_every, progress.step, training.steps):
                     self._save()
             if self.saved_step < progress.step:
                 self._save()
+
+    def _end(self, status: str, **more: Any) -> dict[str, Any]:
+        """Write the summary and tell the plugins."""
         summary = {
-            "status": "interrupted" if progress.step < training.steps else "completed",
-            "steps": progress.step,
-            "seed": training.seed,
-            "wall_seconds": round(progress.wall_seconds, 3),
+            "status": status,
+            "steps": self.progress.step,
+            "seed": self.training.seed,
+            "wall_seconds": round(self.progress.wall_seconds, 3),
             "peak_memory_bytes": peak_memory_bytes(),
-            "eval": progress.evaluations,
+            "eval": self.progress.evaluations,
+            **more,
         }
-        self.directory.write_summary(summary)
-        self.registry.hook.rllava_run_end(summary=summary)
+        try:
+            if self.lifecycle.detached:
+                summary["detached_plugins"] = list(self.lifecycle.detached)
+            self.directory.write_summary(summary)
+        finally:
+            self.lifecycle.run_end(summary)
         return summary
+
+    def _end_badly(self, error: BaseException) -> None:
+        """The same for a run that failed, whose own error is the one to report."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        try:
+            self._end(status, error=f"{type(error).__name__}: {error}")
+        except TrainingError as second:
+            error.add_note(str(second))
 
     @contextmanager
     def _during(self, what: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from rllava_core.config import RunConfig, read_yaml
-from rllava_core.errors import ConfigError
+from rllava_core.errors import ConfigError, PluginError, TrainingError
 from rllava_core.plugins import Registry
 from rllava_core.specs import HOOK_API
 from rllava_core.training import checkpoint
@@ -58,12 +58,50 @@ class RunDirectory:
             write_text(self.config, config.to_yaml())
             self.checkpoints.mkdir(exist_ok=True)
 
+    def check_plugins(self, registry: Registry) -> list[str]:
+        """Compare the plugins with those that the run in this directory, if any, was made with.
+
+        Returns a warning for each of another version, or disabled now. Raises PluginError for those that are missing.
+        """
+        now = {plugin.distribution: plugin for plugin in registry.plugins}
+        warnings, missing = [], []
+        for distribution, version_then in self._plugins_then().items():
+            plugin = now.get(distribution)
+            then = f"the run in {self.path} was made with {distribution} {version_then}"
+            if registry.is_disabled(distribution):
+                warnings.append(f"{then}, which is disabled now")
+            elif plugin is None:
+                missing.append(f"{distribution} {version_then} is not installed")
+            elif not plugin.usable:
+                missing.append(plugin.problem)
+            elif plugin.version != version_then:
+                warnings.append(f"{then}, installed is {plugin.version}: it may not go on exactly as it would have")
+        if missing:
+            raise PluginError(
+                f"the run in {self.path} was made with plugins that cannot be used now: {'; '.join(missing)}. Install "
+                "them again; or, if the run does not need one, name it in RLLAVA_DISABLE_PLUGINS"
+            )
+        return warnings
+
+    def _plugins_then(self) -> dict[str, str]:
+        """Distribution and version of the plugins in the manifest; none where there is no run yet."""
+        try:
+            recorded: dict[str, str] = json.loads(self.manifest.read_text(encoding="utf-8"))["plugins"]
+            return dict(recorded)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{self.manifest} cannot be read ({type(error).__name__}: {error}), so nobody can tell which plugins "
+                "the run was made with; remove it to go on with those installed"
+            ) from error
+
     def write_manifest(self, registry: Registry, seed: int, device: str) -> None:
         """Versions of everything that computes, the seed, the device, and the state of the code."""
         manifest = {
             "core": version("rllava-core"),
             "hook_api": HOOK_API,
-            "plugins": {plugin.distribution: plugin.version for plugin in registry.plugins if plugin.status == "ok"},
+            "plugins": {plugin.distribution: plugin.version for plugin in registry.plugins if plugin.usable},
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
             "seed": seed,

@@ -175,7 +175,9 @@ def test_a_reward_that_breaks_at_a_later_step_is_named_with_its_example(
     assert message.endswith("; the last good checkpoint is run/checkpoints/step-000002")
     assert steps(tmp_path / "run") == [0, 1, 2, 3]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
-    assert not (tmp_path / "run" / "summary.json").exists()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["status"], summary["steps"]) == ("failed", 3)
+    assert message in summary["error"]
 
 
 def test_a_run_whose_reward_was_mended_goes_on(run_rllava: Run, refused: Refused, tmp_path: Path) -> None:

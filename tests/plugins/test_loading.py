@@ -98,6 +98,10 @@ BROKEN = {
         ["rllava_rewards()", "hookimpl"],
     ),
     "no hook at all": ("x = 1", ["no hook", "hookimpl"]),
+    "a hook wrapper": (
+        "import pluggy\n@pluggy.HookimplMarker('rllava')(wrapper=True)\ndef rllava_rewards():\n    return (yield)",
+        ["rllava_rewards()", "wrapper"],
+    ),
     "a hook that returns None": (
         HEADER + "@hookimpl\ndef rllava_datasets():\n    pass",
         ["rllava_datasets()", "NoneType", "iterable of ComponentSpec"],
@@ -163,13 +167,87 @@ def test_an_interrupt_is_not_taken_for_a_broken_plugin(fake_distribution: Any) -
         load_plugins()
 
 
+def test_what_a_plugin_prints_while_it_is_loaded_goes_to_stderr(fake_distribution: Any, capsys: Any) -> None:
+    hook = "@hookimpl\ndef rllava_models():\n    print('two')\n    return []\n"
+    fake_distribution("rllava-example", "1.0", HEADER + "print('one')\n" + hook)
+
+    assert plugin_named("example").status == "ok"
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", "one\ntwo\n")
+
+
+def test_a_plugin_says_which_hooks_it_implements_and_how_long_it_took(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.0", "import time\ntime.sleep(0.05)\n" + HEALTHY)
+
+    plugin = plugin_named("example")
+
+    assert plugin.hooks == ("rllava_plugin_info", "rllava_algorithms")
+    assert plugin.load_seconds is not None
+    assert 0.05 <= plugin.load_seconds < 5
+
+
+def test_a_plugin_that_is_not_loaded_is_not_imported(fake_distribution: Any) -> None:
+    fake_distribution("rllava-core", "1.4", entry_points={})
+    fake_distribution("rllava-example", "1.0", HEALTHY)
+    fake_distribution("rllava-old", "1.0", HEALTHY, requires=["rllava-core<1"])
+
+    statuses = {plugin.name: plugin.status for plugin in load_plugins(load=False).plugins}
+
+    assert (statuses["example"], statuses["old"]) == ("unloaded", "incompatible")
+    assert "rllava_example" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("requires", "majors"),
+    [
+        (["rllava-core>=1,<2"], "1"),
+        (["rllava-core>=1.0.0a1,<2"], "1"),
+        (["rllava-core~=1.3"], "1"),
+        (["rllava-core>=1,<3"], "1–2"),
+        (["rllava-core>=1"], "1+"),
+        (["rllava-core"], "0+"),
+        (["rllava-core==1.2.3"], "1"),
+        (["rllava-core>=1", "rllava-core<2"], "1"),
+        (["numpy"], None),
+    ],
+)
+def test_a_plugin_says_which_hook_api_it_accepts(fake_distribution: Any, requires: list[str], majors: str) -> None:
+    fake_distribution("rllava-core", "1.2.3", entry_points={})
+    fake_distribution("rllava-example", "1.0", HEALTHY, requires=requires)
+
+    assert plugin_named("example").hook_api == majors
+
+
+def test_a_plugin_for_another_major_is_refused_where_the_core_is_no_distribution(
+    fake_distribution: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rllava_core.plugins.discovery.core_version", lambda: None)
+    fake_distribution("rllava-example", "1.0", HEALTHY, requires=["rllava-core>=2,<3"])
+
+    assert plugin_named("example").status == "incompatible"
+
+
+def test_an_editable_installation_is_known_as_one(fake_distribution: Any) -> None:
+    for name, origin in {
+        "rllava-a": '{"url": "file:///a", "dir_info": {"editable": true}}',
+        "rllava-b": '{"url": "file:///b", "dir_info": {}}',
+        "rllava-c": "not JSON",
+    }.items():
+        site = fake_distribution(name, "1.0", algorithm_plugin(name[-1]))
+        [info] = site.glob("*.dist-info")
+        info.joinpath("direct_url.json").write_text(origin)
+
+    assert [plugin_named(name).editable for name in "abc"] == [True, False, False]
+
+
 def test_hooks_of_a_broken_plugin_are_not_called(fake_distribution: Any) -> None:
     lifecycle = "@hookimpl\ndef rllava_run_end(summary):\n    summary['called'].append(__name__)\n"
     fake_distribution("rllava-example", "1.0", HEADER + lifecycle + "@hookimpl\ndef rllava_models():\n    1 / 0\n")
     fake_distribution("rllava-other", "1.0", HEADER + lifecycle)
     called: list[str] = []
 
-    load_plugins().hook.rllava_run_end(summary={"called": called})
+    for implementation in load_plugins().lifecycle:
+        implementation({"summary": {"called": called}})
 
     assert called == ["rllava_other"]
 
@@ -214,51 +292,14 @@ def test_a_prerelease_of_the_next_major_is_another_core(fake_distribution: Any, 
     assert plugin_named("example").status == "incompatible"
 
 
-def test_two_distributions_may_use_the_same_entry_point_name(fake_distribution: Any) -> None:
-    for letter in "ab":
-        source = HEADER + (
-            "@hookimpl\ndef rllava_algorithms():\n"
-            f"    return [ComponentSpec(name='{letter}', target='a:B')]\n"
-            f"@hookimpl\ndef rllava_run_end(summary):\n    summary['called'].append('{letter}')\n"
-        )
-        fake_distribution(f"vendor-{letter}", "1.0", source, entry_points={"same": f"vendor_{letter}"})
-    called: list[str] = []
-
-    registry = load_plugins()
-    registry.hook.rllava_run_end(summary={"called": called})
-
-    same = [plugin for plugin in registry.plugins if plugin.name == "same"]
-    assert [(plugin.distribution, plugin.status) for plugin in same] == [("vendor-a", "ok"), ("vendor-b", "ok")]
-    assert sorted(called) == ["a", "b"]
-    assert registry.find("algorithm", "a").distribution == "vendor-a"
-    assert registry.find("algorithm", "b").distribution == "vendor-b"
-
-
-def test_one_module_is_loaded_once(fake_distribution: Any) -> None:
-    entry_points = {"first": "rllava_example", "second": "rllava_example"}
-    fake_distribution("rllava-example", "1.0", HEALTHY, entry_points=entry_points)
-
-    first, second = plugin_named("first"), plugin_named("second")
-
-    assert (first.status, second.status) == ("ok", "broken")
-    assert "already loaded as plugin 'rllava-example:first'" in str(second.error)
-
-
-def test_plugins_of_one_distribution_may_not_repeat_a_component(fake_distribution: Any) -> None:
-    site = fake_distribution(
-        "rllava-example", "1.0", HEALTHY, entry_points={"first": "rllava_example", "second": "second_example"}
-    )
-    site.joinpath("second_example.py").write_text(HEALTHY)
-
-    assert plugin_named("first").status == "ok"
-    assert "defined twice as algorithm (also in plugin 'first')" in str(plugin_named("second").error)
-
-
 def test_of_a_distribution_found_twice_the_first_on_the_path_counts(fake_distribution: Any) -> None:
     fake_distribution("rllava-example", "1.0", HEALTHY)
     fake_distribution("rllava-example", "2.0", HEALTHY)  # goes before the one above
 
-    assert plugin_named("example").version == "2.0"
+    plugin = plugin_named("example")
+    assert (plugin.version, plugin.status) == ("2.0", "ok")
+    [other] = plugin.shadowed
+    assert other.startswith("1.0 in ")
 
 
 def test_an_older_plugin_is_shadowed_by_a_distribution_without_entry_points(fake_distribution: Any) -> None:

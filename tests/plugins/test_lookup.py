@@ -145,7 +145,9 @@ def test_asking_for_an_incompatible_plugin_says_what_it_requires(fake_distributi
 def test_an_unknown_name_mentions_plugins_that_could_not_be_loaded(fake_distribution: Any) -> None:
     fake_distribution("vendor-a", "0.3", "1 / 0")
 
-    assert "Not loaded: vendor-a 0.3 (broken)." in message(load("vendor-a"), "algorithm", "middle")
+    said = message(load("vendor-a"), "algorithm", "middle")
+
+    assert "Not loaded: plugin 'vendor-a' of vendor-a 0.3 is broken: importing 'vendor_a' raised ZeroDivision" in said
 
 
 def test_a_broken_plugin_does_not_hide_a_component_that_works(fake_distribution: Any) -> None:

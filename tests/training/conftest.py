@@ -31,6 +31,7 @@ class Watcher:
     steps: list[int] = field(default_factory=list)
     evaluations: dict[int, Evaluation] = field(default_factory=dict)
     stops: int = 0
+    warnings: list[str] = field(default_factory=list)
 
     def started(self, directory: Path, total_steps: int, resumed_at: int | None) -> None:
         self.resumed_at = resumed_at
@@ -43,6 +44,9 @@ class Watcher:
 
     def stopping(self) -> None:
         self.stops += 1
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_plugins_follow_a_run(run_toy: Run, fake_distribution: Any, tmp_path: Pa
     import rllava_follower  # type: ignore[import-not-found]
 
     assert rllava_follower.calls == [
-        ("start", 2, ["checkpoints", "config.yaml", "manifest.json", "metrics.jsonl"]),
+        ("start", 2, ["checkpoints", "config.yaml", "manifest.json"]),
         ("step", 1, metrics(tmp_path)[1]["reward/mean"]),
         ("step", 2, metrics(tmp_path)[2]["reward/mean"]),
         ("end", "completed"),
@@ -341,7 +341,7 @@ def test_a_second_ctrl_c_is_not_waited_for(run_toy: Run, tmp_path: Path, watcher
     with pytest.raises(KeyboardInterrupt):
         run_toy()
 
-    assert not (tmp_path / "run" / "summary.json").exists()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
 
 
 def test_a_run_works_outside_the_main_thread(run_toy: Run) -> None:

@@ -184,7 +184,7 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_that_was_saved(
     assert "interrupted" in stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
-    assert not (run / "summary.json").exists()
+    assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
 
     assert rllava_process(*command, "--resume").code == 0

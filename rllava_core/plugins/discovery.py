@@ -1,0 +1,180 @@
+"""Which plugins are installed, from their distributions' metadata alone: nothing of theirs is imported."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from importlib import metadata
+from importlib.metadata import Distribution, EntryPoint
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from rllava_core.plugins.isolation import RefusedError, isolated
+from rllava_core.plugins.records import Plugin
+from rllava_core.specs import ENTRY_POINT_GROUP, HOOK_API
+
+CORE_DISTRIBUTION = "rllava-core"
+
+
+@dataclass(frozen=True)
+class Found:
+    """An entry point, what its distribution says of it, and why it cannot be loaded, if so.
+
+    alike: further installations of its distribution in the very directory that Python imports it from.
+    """
+
+    plugin: Plugin
+    entry_point: EntryPoint | None
+    refusal: RefusedError | None = None
+    alike: tuple[str, ...] = ()
+
+
+def core_version() -> str | None:
+    """The version of `rllava-core` that runs; None where it is not installed as a distribution."""
+    try:
+        return metadata.version(CORE_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def discover() -> list[Found]:
+    """The entry points of the group, those of distributions whose metadata cannot be read included.
+
+    `importlib.metadata.entry_points` would raise for all distributions because of one.
+    """
+    installed: dict[str, list[Distribution]] = {}
+    found: list[Found] = []
+    for distribution in metadata.distributions():
+        try:
+            with isolated("reading its entry points"):
+                if f"[{ENTRY_POINT_GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+                    installed.setdefault(canonicalize_name(distribution.name), []).append(distribution)
+        except RefusedError as refusal:
+            found.append(_unreadable(distribution, refusal))
+    for name, distributions in installed.items():
+        try:
+            with isolated("reading its entry points"):
+                found += _of_distribution(name, distributions)
+        except RefusedError as refusal:
+            found.append(_unreadable(distributions[0], refusal))
+    return found
+
+
+def describe(entry_point: EntryPoint) -> Found:
+    """What metadata say of one entry point; one without a distribution is named by its package."""
+    distribution = entry_point.dist
+    if distribution is None:
+        package = canonicalize_name(re.split(r"[.:]", entry_point.value, maxsplit=1)[0])
+        return Found(Plugin(entry_point.name, package, "unknown", entry_point.value, "unknown"), entry_point)
+    plugin = _identity(distribution, entry_point.name, entry_point.value)
+    try:
+        with isolated("reading its requirements"):
+            required = requirement_on_core(distribution)
+        plugin = replace(plugin, hook_api=None if required is None else accepted_majors(required))
+        _check_compatible(required)
+    except RefusedError as refusal:
+        return Found(plugin, entry_point, refusal)
+    return Found(plugin, entry_point)
+
+
+def requirement_on_core(distribution: Distribution) -> SpecifierSet | None:
+    """Which versions of `rllava-core` a distribution accepts; None if it does not require it.
+
+    Raises packaging's InvalidRequirement.
+    """
+    required = None
+    for requirement in map(Requirement, distribution.requires or ()):
+        active = requirement.marker is None or requirement.marker.evaluate()
+        if active and canonicalize_name(requirement.name) == CORE_DISTRIBUTION:
+            required = requirement.specifier if required is None else required & requirement.specifier
+    return required
+
+
+def accepted_majors(required: SpecifierSet) -> str:
+    """The major versions, which are those of the hook specifications, that a requirement accepts: `1`, `1–2`, `1+`."""
+    most = 20
+    named = [specifier.version.removesuffix(".*") for specifier in required]
+    versions = [Version(text) for major in range(most) for text in (f"{major}.0", f"{major}.999")]
+    versions += [Version(text) for text in named if _is_version(text)]
+    majors = sorted({version.major for version in versions if required.contains(version, prereleases=True)})
+    if not majors:
+        return str(required)
+    if majors[-1] == most - 1:
+        return f"{majors[0]}+"
+    return str(majors[0]) if len(majors) == 1 else f"{majors[0]}–{majors[-1]}"
+
+
+def _check_compatible(required: SpecifierSet | None) -> None:
+    """Refuse a distribution that does not accept the running core; where that is not installed, go by the hook API."""
+    if required is None:
+        return
+    running = core_version()
+    # A pre-release of 1.0 implements the contract of 1.0, so a plugin for '>=1,<2' can be tried with it.
+    versions = {running, Version(running).base_version} if running else {HOOK_API}
+    if not any(required.contains(version, prereleases=True) for version in versions):
+        installed = f"{CORE_DISTRIBUTION} {running}" if running else f"hook API {HOOK_API}"
+        raise RefusedError(f"it requires {CORE_DISTRIBUTION}{required}, installed is {installed}", "incompatible")
+
+
+def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found]:
+    """The plugins of the installation that Python imports, which is the first on its path."""
+    first = metadata.distribution(name)
+    directory = _directory(first)
+    # Of several in one directory the listing's order would decide; the newest does instead, and they are in conflict.
+    alike = sorted((other for other in distributions if _directory(other) == directory), key=_version, reverse=True)
+    chosen = alike[0] if alike else first
+    others = list(dict.fromkeys(_where(other) for other in distributions if _where(other) != _where(chosen)))
+    same = tuple(dict.fromkeys(_where(other) for other in alike if _where(other) != _where(chosen)))
+    found = []
+    for entry_point in chosen.entry_points.select(group=ENTRY_POINT_GROUP):
+        described = describe(entry_point)
+        found.append(replace(described, plugin=replace(described.plugin, shadowed=tuple(others)), alike=same))
+    return found
+
+
+def _identity(distribution: Distribution, name: str, value: str) -> Plugin:
+    try:
+        title, version = canonicalize_name(distribution.metadata["Name"]), distribution.metadata["Version"]
+    except Exception:  # noqa: BLE001 - isolating a plugin: what cannot be read is reported as unknown
+        return Plugin(name, "unknown", "unknown", value, _directory(distribution))
+    return Plugin(
+        name, title, version or "unknown", value, _directory(distribution), editable=_is_editable(distribution)
+    )
+
+
+def _unreadable(distribution: Distribution, refusal: RefusedError) -> Found:
+    plugin = _identity(distribution, name="unknown", value="")
+    return Found(replace(plugin, name=plugin.distribution), None, refusal)
+
+
+def _is_editable(distribution: Distribution) -> bool:
+    """As the file `direct_url.json` says (PEP 610)."""
+    try:
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        return bool(origin["dir_info"]["editable"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _directory(distribution: Distribution) -> str:
+    return str(distribution.locate_file(""))
+
+
+def _where(distribution: Distribution) -> str:
+    return f"{distribution.version} in {_directory(distribution)}"
+
+
+def _version(distribution: Distribution) -> Version:
+    return Version(distribution.version) if _is_version(distribution.version) else Version("0")
+
+
+def _is_version(text: str) -> bool:
+    try:
+        Version(text)
+    except (InvalidVersion, TypeError):
+        return False
+    return True
