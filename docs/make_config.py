@@ -6,13 +6,11 @@ uv run python docs/make_config.py
 from __future__ import annotations
 
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from rllava_core.config import EngineSection, ModelSection, RewardSection, TaskSection, TrainingSection
+from rllava_core.config.describing import keys_of
 from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig
 from rllava_core.policy.config import ModelConfig
 
@@ -47,35 +45,11 @@ def page() -> str:
             "| key | type | default | meaning |",
             "|---|---|---|---|",
         ]
-        for name, field in model.model_fields.items():
-            default = "required" if field.default is PydanticUndefined else f"`{_plain(field.default)}`"
-            lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {_cell(field.description or '')} |")
+        for key in keys_of(model):
+            default = "required" if key.default is None else f"`{key.default}`"
+            lines.append(f"| `{key.name}` | {key.type} | {default} | {_cell(key.meaning)} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, BaseModel):
-        return str(getattr(value, "name", value))
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(str, value))}]"
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return str(value)
-
-
-def _type(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        return _type(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(annotation))
-    if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(_type(part) for part in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return "list of " + _type(get_args(annotation)[0])
-    if annotation is type(None):
-        return "null"
-    return str(annotation.__name__).removesuffix("Section").lower()
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,9 @@
 A plugin is a module of functions marked with `rllava_core.hookimpl`, named by an entry point of the group `rllava`.
 The module imports neither torch nor transformers. The kind hooks are called once, right after the module is imported,
 and return `ComponentSpec`s; the order in which plugins are called never decides anything.
+
+The lifecycle hooks follow a training run. A hook names the arguments that it wants, in any order, and can change none
+of them. A plugin whose lifecycle hook raises is reported and detached, and the run goes on.
 """
 
 from __future__ import annotations
@@ -59,7 +62,10 @@ def rllava_datasets() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def rllava_run_start(config: RunConfig, run_dir: Path) -> None:
-    """A training run begins or resumes; the run directory exists and holds `config.yaml` and `manifest.json`."""
+    """A training run begins or resumes; the run directory exists and holds `config.yaml` and `manifest.json`.
+
+    config: everything about the run, every default filled in. run_dir: where a plugin may write files of its own.
+    """
 
 
 @hookspec
@@ -69,4 +75,4 @@ def rllava_step_end(step: int, metrics: Mapping[str, float]) -> None:
 
 @hookspec
 def rllava_run_end(summary: Mapping[str, Any]) -> None:
-    """The run ended, completed or not; `summary` is what `summary.json` holds."""
+    """The run ended; `summary` is what `summary.json` holds, its `status` completed, interrupted or failed."""

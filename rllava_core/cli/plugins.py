@@ -2,95 +2,107 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-from typing import Any
+from collections.abc import Mapping
 
 import click
 
-from rllava_core.plugins import ENGINE_ROLES, Component, Plugin, Registry, core_version, load_plugins
-from rllava_core.specs import HOOK_API
+from rllava_core.cli.groups import LazyCommand, LazyGroup
+from rllava_core.errors import PluginError
+from rllava_core.plugins import Component, Plugin, Registry, load_plugins
+from rllava_core.plugins.listing import components_of, listing, plugins_with
+from rllava_core.plugins.loading import raise_problems
+from rllava_core.plugins.selection import Selection
+from rllava_core.specs import KINDS, Kind
 
 WIDTH_OF_A_FILE = 10_000
 """Columns for output that is not a terminal: nothing that another program reads is cut or wrapped."""
 
-STATUS_STYLES = {"ok": "green", "incompatible": "yellow", "broken": "red"}
+SLOW = 1.0
+"""Seconds of loading that are worth a line; `rllava plugins check` is stricter, in a process of its own."""
+
+STATUS_STYLES = {
+    "ok": "green",
+    "conflict": "yellow",
+    "disabled": "dim",
+    "incompatible": "yellow",
+    "broken": "red",
+    "unloaded": "dim",
+}
+
+COMMANDS: Mapping[str, LazyCommand] = {
+    "show": LazyCommand("rllava_core.cli.plugins_show:show", "Show one plugin or component with its options."),
+    "check": LazyCommand("rllava_core.cli.plugins_check:check", "Check that plugins keep the contract."),
+}
 
 
-@click.command()
+@click.group(cls=LazyGroup, lazy_commands=COMMANDS, invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plugins(as_json: bool) -> None:
+@click.option("--kind", type=click.Choice(KINDS), help="Only components of this kind.")
+@click.option("--no-load", is_flag=True, help="Import nothing: go by the metadata of what is installed.")
+@click.pass_context
+def plugins(ctx: click.Context, as_json: bool, kind: Kind | None, no_load: bool) -> None:
     """List the installed plugins and their components; say why one cannot be used."""
-    # What a plugin prints while it is imported must not end up in the JSON.
-    with contextlib.redirect_stdout(sys.stderr):
-        registry = load_plugins()
+    if ctx.invoked_subcommand is not None:
+        if as_json or kind or no_load:
+            raise click.UsageError(f"write the options of `rllava plugins {ctx.invoked_subcommand}` behind it")
+        return
+    if kind and no_load:
+        raise click.UsageError("--kind needs the plugins loaded: what they provide is not in their metadata")
+    registry = load_plugins(strict=False, load=not no_load)
     if as_json:
-        click.echo(json.dumps(describe(registry), indent=2))
+        import json
+
+        click.echo(json.dumps(listing(registry, kind), indent=2))
     else:
-        _print_table(registry)
-        for plugin in registry.plugins:
-            if plugin.status != "ok":
-                click.echo(plugin.problem)
+        _print_table(registry, kind)
+    if Selection.from_environment().strict:
+        raise_problems(registry)
 
 
-def describe(registry: Registry) -> dict[str, Any]:
-    """What `rllava plugins --json` prints; `schema` changes when a key changes its meaning or goes."""
-    return {
-        "schema": 1,
-        "core_version": core_version(),
-        "hook_api": HOOK_API,
-        "plugins": [_describe_plugin(plugin) for plugin in registry.plugins],
-    }
-
-
-def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
-    return {
-        "name": plugin.name,
-        "distribution": plugin.distribution,
-        "version": plugin.version,
-        "entry_point": plugin.entry_point,
-        "location": plugin.location,
-        "status": plugin.status,
-        "error": plugin.error,
-        "summary": plugin.info.summary,
-        "components": [_describe_component(component) for component in plugin.components],
-    }
-
-
-def _describe_component(component: Component) -> dict[str, Any]:
-    spec = component.spec
-    return {
-        "kind": component.kind,
-        "name": spec.name,
-        "qualified_name": component.qualified_name,
-        "summary": spec.summary,
-        "target": spec.target,
-        "config": spec.config,
-        "provides": sorted(spec.provides),
-        "needs": sorted(spec.needs),
-    }
-
-
-def _print_table(registry: Registry) -> None:
+def _print_table(registry: Registry, kind: Kind | None) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
-    for heading in ("plugin", "distribution", "version", "status", "provides"):
+    for heading in ("plugin", "distribution", "version", "hook API", "status", "provides"):
         table.add_column(heading, overflow="fold")
-    for plugin in registry.plugins:
+    shown = plugins_with(registry, kind)
+    for plugin in shown:
         status = Text(plugin.status, style=STATUS_STYLES[plugin.status])
         # Text, not str: rich would read square brackets in a name as markup.
-        cells = [Text(cell) for cell in (plugin.name, plugin.distribution, plugin.version)]
-        table.add_row(*cells, status, Text("\n".join(_provided(plugin))))
+        cells = [Text(cell) for cell in (plugin.name, plugin.distribution, plugin.version, plugin.hook_api or "–")]
+        provided = "\n".join(label(component) for component in components_of(plugin, kind))
+        table.add_row(*cells, status, Text(provided))
     Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE).print(table)
+    for warning in registry.warnings:
+        click.echo(warning)
+    for plugin in shown:
+        if plugin.status not in ("ok", "unloaded"):
+            click.echo(f"{plugin.problem}. See: rllava plugins show {plugin.name}")
+        if (plugin.load_seconds or 0) > SLOW:
+            seconds = f"took {plugin.load_seconds:.1f} s to load"
+            click.echo(
+                f"plugin {plugin.name!r} of {plugin.distribution} {seconds}. See: rllava plugins check {plugin.name}"
+            )
 
 
-def _provided(plugin: Plugin) -> list[str]:
-    lines = []
-    for component in plugin.components:
-        role = f" ({', '.join(sorted(component.spec.provides & ENGINE_ROLES))})" if component.kind == "engine" else ""
-        lines.append(f"{component.kind} {component.spec.name}{role}")
-    return sorted(lines)
+def label(component: Component) -> str:
+    """`algorithm NAME`, for an engine with its roles."""
+    roles = f" ({', '.join(sorted(component.roles))})" if component.roles else ""
+    return f"{component.kind} {component.spec.name}{roles}"
+
+
+def unknown(name: str, known: list[str]) -> PluginError:
+    """The error for a name that is neither a plugin nor a distribution nor a component."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return PluginError(f"no plugin, distribution or component {name!r} is installed.{hint} See: rllava plugins")
+
+
+def names_of(plugins: tuple[Plugin, ...]) -> list[str]:
+    """What plugins can be called."""
+    return sorted({plugin.name for plugin in plugins} | {plugin.distribution for plugin in plugins})

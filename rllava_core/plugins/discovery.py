@@ -74,7 +74,7 @@ def describe(entry_point: EntryPoint) -> Found:
     try:
         with isolated("reading its requirements"):
             required = requirement_on_core(distribution)
-        plugin = replace(plugin, hook_api=None if required is None else accepted_majors(required))
+        plugin = replace(plugin, hook_api=_hook_api(plugin, required))
         _check_compatible(required)
     except RefusedError as refusal:
         return Found(plugin, entry_point, refusal)
@@ -106,6 +106,12 @@ def accepted_majors(required: SpecifierSet) -> str:
     if majors[-1] == most - 1:
         return f"{majors[0]}+"
     return str(majors[0]) if len(majors) == 1 else f"{majors[0]}–{majors[-1]}"
+
+
+def _hook_api(plugin: Plugin, required: SpecifierSet | None) -> str | None:
+    if plugin.distribution == CORE_DISTRIBUTION:
+        return str(Version(HOOK_API).major)
+    return None if required is None else accepted_majors(required)
 
 
 def _check_compatible(required: SpecifierSet | None) -> None:
