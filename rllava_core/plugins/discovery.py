@@ -123,7 +123,8 @@ def _check_compatible(required: SpecifierSet | None) -> None:
     versions = {running, Version(running).base_version} if running else {HOOK_API}
     if not any(required.contains(version, prereleases=True) for version in versions):
         installed = f"{CORE_DISTRIBUTION} {running}" if running else f"hook API {HOOK_API}"
-        raise RefusedError(f"it requires {CORE_DISTRIBUTION}{required}, installed is {installed}", "incompatible")
+        wanted = ",".join(sorted(map(str, required), reverse=True))  # '>=1' before '<2', as people write it
+        raise RefusedError(f"it requires {CORE_DISTRIBUTION}{wanted}, installed is {installed}", "incompatible")
 
 
 def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.config import Options
 
@@ -13,14 +15,14 @@ class ToyGradientConfig(PolicyGradientConfig):
 
 
 class ColoursConfig(Options):
-    """count: examples in all, every fourth held out. images: pictures of each example."""
+    """Options of the data set `colours`."""
 
-    count: int = 40
-    images: int = 1
+    count: int = Field(default=40, description="examples in all, every fourth held out")
+    images: int = Field(default=1, description="pictures of each example")
 
 
 class BrokenConfig(Options):
-    """How the reward misbehaves, and on which call."""
+    """Options of the reward `broken`."""
 
-    how: Literal["raises", "nan", "short", "text"] = "raises"
-    call: int = 1
+    how: Literal["raises", "nan", "short", "text"] = Field(default="raises", description="how it misbehaves")
+    call: int = Field(default=1, description="from which call on")
