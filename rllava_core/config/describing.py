@@ -7,7 +7,6 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def _plain(value: Any) -> str:
         return str(getattr(value, "name", value))
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_plain, value))}]"
-    if value is PydanticUndefined or value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return str(value)
 

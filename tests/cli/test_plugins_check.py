@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +40,8 @@ REQUIRES = ("rllava-core>=1.0.0a1,<2",)
 
 
 @pytest.fixture
-def plugin(fake_distribution: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Installs `rllava-example` with parts, where processes that are started find it too."""
+def plugin(fake_distribution: Any) -> Callable[..., Path]:
+    """Installs `rllava-example` with parts."""
 
     def install(source: str = GOOD, parts: str = PARTS, **options: Any) -> Path:
         site: Path = fake_distribution(
@@ -50,12 +49,9 @@ def plugin(fake_distribution: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[
             options.pop("version", "1.0"),
             source,
             requires=options.pop("requires", REQUIRES),
+            files={"example_parts.py": parts},
             **options,
         )
-        site.joinpath("example_parts.py").write_text(parts, encoding="utf-8")
-        # pytest puts the toy plugin on the path of this process only.
-        toy = str(Path(__file__).parents[1] / "toy")
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", toy)]))
         return site
 
     return install

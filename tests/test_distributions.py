@@ -1,0 +1,76 @@
+"""Each distribution declares what it imports, so that it works with only what its own metadata bring."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECTS = [ROOT, *sorted(ROOT.glob("plugins/rllava-*")), *sorted(ROOT.glob("examples/plugins/rllava-*"))]
+
+
+def declared(project: Path) -> dict[str, Requirement]:
+    """The requirements of a project, by normalised name."""
+    table = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [Requirement(line) for line in table["dependencies"]]
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
+
+
+def imported(project: Path) -> set[str]:
+    """Top-level names that the package imports when it is used, the standard library and itself left out."""
+    packages = [ROOT / "rllava_core"] if project == ROOT else list((project / "src").iterdir())
+    names: set[str] = set()
+    for path in (file for package in packages for file in package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(str(node.module).partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {package.name for package in packages}
+
+
+def owner(package: str) -> str:
+    """The distribution that a package comes from; ours, which may be editable and so list no files, by their names."""
+    if package.startswith("rllava_"):
+        return canonicalize_name(package)
+    return canonicalize_name(packages_distributions()[package][0])
+
+
+@pytest.mark.parametrize("project", PROJECTS, ids=lambda project: project.name)
+def test_a_distribution_declares_what_it_imports(project: Path) -> None:
+    # pytest is what the fixtures of the conformance kit are for; whoever imports them has it.
+    needed = {owner(name) for name in imported(project) - {"pytest"}}
+
+    assert needed - set(declared(project)) == set()
+
+
+@pytest.mark.parametrize("project", PROJECTS[1:], ids=lambda project: project.name)
+def test_a_plugin_accepts_one_major_of_the_core(project: Path) -> None:
+    specifier = declared(project)["rllava-core"].specifier
+
+    assert specifier.contains("1.0.0a1", prereleases=True)
+    assert specifier.contains("1.9")
+    assert not specifier.contains("2.0")
+
+
+def test_requirements_of_plugins_ask_for_no_more_than_the_core() -> None:
+    """One floor for the whole house: what the core requires too has the same version everywhere."""
+    core = declared(ROOT)
+    for project in PROJECTS[1:]:
+        for name, requirement in declared(project).items():
+            if name in core and str(requirement.specifier):
+                assert requirement.specifier == core[name].specifier, f"{project.name}: {requirement}"
+
+
+def test_the_readme_names_every_distribution() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for project in ROOT.glob("plugins/rllava-*"):
+        assert re.search(rf"\[`{project.name}`\]\(plugins/{project.name}\)", readme)
