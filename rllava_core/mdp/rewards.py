@@ -75,9 +75,10 @@ def _values(reward: WeightedReward, trajectories: Sequence[Trajectory]) -> list[
             f"reward {reward.name!r} raised {type(error).__name__}: {error} ({culprit}); nothing was trained on it"
         ) from error
     if len(returned) != len(trajectories):
+        first = f" (first: {_describe(trajectories[0])})" if trajectories else ""
         raise RewardError(
-            f"reward {reward.name!r} returned {len(returned)} values for {len(trajectories)} trajectories "
-            f"(first: {_describe(trajectories[0])}); it must return one number for each"
+            f"reward {reward.name!r} returned {len(returned)} values for {len(trajectories)} trajectories{first}; it "
+            "must return one number for each"
         )
     values = []
     for trajectory, value in zip(trajectories, returned, strict=True):

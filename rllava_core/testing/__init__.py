@@ -3,6 +3,7 @@
 - One suite a kind, to subclass in a plugin's tests: `RewardConformance`, `EnvironmentConformance`, …
 - One function a kind, without pytest and without installing anything: `check_reward(MyReward)`, …
 - `rllava_core.testing.tiny`: a vision-language model of a few thousand parameters.
+- `rllava_core.testing.samples`: pictures, examples and episodes to try rewards and environments on.
 - `rllava_core.testing.fixtures`: pytest fixtures that fake installed distributions in a temporary directory.
 """
 

@@ -53,7 +53,7 @@ class ClassFolder:
             raise DataError(
                 f"{self._config.path}: nothing is held out to evaluate on; set the data set's held_out_fraction above 0"
             )
-        return self._examples[split]
+        return tuple(self._examples[split])
 
 
 def _classes(root: Path, problems: list[str]) -> list[Path]:

@@ -46,13 +46,13 @@ class JsonLines:
     def examples(self, split: Split) -> Sequence[Example]:
         """In the order of the file. Raises DataError for the held-out examples if none were to be held out."""
         if split == "train":
-            return self._train
+            return tuple(self._train)
         if not self._held_out:
             raise DataError(
                 f"{self._config.path}: nothing is held out to evaluate on; set the data set's held_out_path, or its "
                 "held_out_fraction above 0"
             )
-        return self._held_out
+        return tuple(self._held_out)
 
 
 class _LineError(Exception):
