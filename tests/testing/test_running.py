@@ -1,0 +1,131 @@
+"""Running a suite without pytest: what becomes of each check, and which are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+from unittest import SkipTest
+
+import pytest
+
+from rllava_core.errors import DataError, RewardError
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.specs import Kind
+from rllava_core.testing import RewardConformance
+from rllava_core.testing.conformance import (
+    Conformance,
+    ConformanceError,
+    Outcome,
+    checks_of,
+    opinionated,
+    raise_failures,
+    require,
+    run,
+    slow,
+)
+
+
+class Everything(Conformance):
+    kind: ClassVar[Kind] = "reward"
+
+    def test_that_passes(self) -> None:
+        require(True, "never said")
+
+    def test_that_fails(self) -> None:
+        require(False, "it is so")
+
+    def test_that_does_not_apply(self) -> None:
+        raise SkipTest("not here")
+
+    def test_that_crashes(self) -> None:
+        raise KeyError("oops")
+
+    def test_that_exits(self) -> None:
+        raise SystemExit(3)
+
+    def test_without_data(self) -> None:
+        raise DataError("no such file")
+
+    @slow
+    def test_that_takes_long(self) -> None:
+        pass
+
+    @opinionated
+    def test_that_needs_its_author(self) -> None:
+        require(False, "who knows")
+
+
+def own(outcomes: list[Outcome]) -> list[Outcome]:
+    common = {name.removeprefix("test_") for name in checks_of(Conformance)}
+    return [outcome for outcome in outcomes if outcome.check not in common]
+
+
+def test_every_outcome_is_reported_and_none_is_raised() -> None:
+    assert own(run(Everything())) == [
+        Outcome("that_passes", "passed"),
+        Outcome("that_fails", "failed", "it is so"),
+        Outcome("that_does_not_apply", "skipped", "not here"),
+        Outcome("that_crashes", "failed", "raised KeyError: 'oops'"),
+        Outcome("that_exits", "failed", "raised SystemExit: 3"),
+        Outcome("without_data", "failed", "the samples do not suit it: no such file"),
+        Outcome("that_takes_long", "passed"),
+        Outcome("that_needs_its_author", "failed", "who knows"),
+    ]
+
+
+def test_a_quick_run_leaves_out_what_is_slow_or_needs_the_author_and_forgives_missing_data() -> None:
+    outcomes = {outcome.check: outcome.status for outcome in own(run(Everything(), quick=True))}
+
+    assert "that_takes_long" not in outcomes
+    assert "that_needs_its_author" not in outcomes
+    assert outcomes["without_data"] == "skipped"
+    assert outcomes["that_fails"] == outcomes["that_crashes"] == "failed"
+
+
+def test_the_checks_of_spec_and_config_are_skipped_where_no_component_is_named() -> None:
+    common = set(checks_of(Conformance))
+    outcomes = [outcome for outcome in run(Everything()) if f"test_{outcome.check}" in common]
+
+    assert {outcome.status for outcome in outcomes} == {"skipped"}
+
+
+def test_failures_are_raised_together() -> None:
+    with pytest.raises(ConformanceError) as caught:
+        raise_failures(run(Everything()))
+
+    assert str(caught.value).splitlines()[:2] == ["that fails: it is so", "that crashes: raised KeyError: 'oops'"]
+    raise_failures([Outcome("fine", "passed"), Outcome("absent", "skipped", "no")])
+
+
+class Chooser:
+    """Judges only what it knows."""
+
+    def __call__(self, trajectories: Sequence[Trajectory], /) -> list[float]:
+        raise RewardError("needs examples with a field 'boxes'")
+
+
+class Crasher:
+    def __call__(self, trajectories: Sequence[Trajectory], /) -> list[float]:
+        raise KeyError("boxes")
+
+
+@pytest.mark.parametrize(
+    ("reward", "quick", "status"),
+    [
+        (Chooser, True, "skipped"),
+        (Chooser, False, "failed"),
+        (Crasher, True, "failed"),
+    ],
+)
+def test_a_reward_that_says_what_it_needs_is_not_found_wrong_by_the_quick_checks(
+    reward: type, quick: bool, status: str
+) -> None:
+    class Suite(RewardConformance):
+        def create(self) -> object:
+            return reward()
+
+    outcomes = {outcome.check: outcome for outcome in run(Suite(), quick=quick)}
+
+    found = outcomes["every_trajectory_gets_one_finite_number"]
+    assert found.status == status
+    assert "boxes" in found.message
