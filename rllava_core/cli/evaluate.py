@@ -37,7 +37,10 @@ def evaluate(
         raise ConfigError(f"{target} is no run directory: it holds no config.yaml")
     if checkpoint is not None and not is_run:
         raise ConfigError("--checkpoint needs a run directory, not a config")
-    resolved = load(target / "config.yaml" if is_run else target, overrides, load_plugins())
+    registry = load_plugins()
+    for warning in registry.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    resolved = load(target / "config.yaml" if is_run else target, overrides, registry)
 
     from rllava_core.cli.display import quiet_libraries
     from rllava_core.training.build import build_parts

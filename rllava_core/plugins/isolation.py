@@ -19,12 +19,18 @@ class RefusedError(Exception):
 
 @contextmanager
 def isolated(action: str) -> Iterator[None]:
-    """Turn what a plugin raises, `sys.exit` included, into a RefusedError; what it prints goes to stderr."""
+    """Turn what a plugin raises, `sys.exit` included, into a RefusedError; what it prints goes to stderr.
+
+    An interrupt by the user passes, and nothing else does: extensions in Rust panic, and test code skips, with
+    exceptions that are no `Exception`.
+    """
     try:
         # Standard output belongs to the command that is running, which may be writing JSON.
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except (Exception, SystemExit) as error:  # isolating a plugin: reported with its name and cause
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise RefusedError(f"{action} {what_happened(error)}") from error
 
 

@@ -54,7 +54,9 @@ class Component:
         module, _, attribute = target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (Exception, SystemExit) as error:  # isolating a plugin: reported with its name and cause
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # as in isolation.py
             owner = f"{self.kind} {self.spec.name!r} of {self.distribution} {self.version}"
             raise PluginError(f"{owner}: loading its {role} {target!r} {what_happened(error)}") from error
 

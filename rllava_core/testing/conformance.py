@@ -212,6 +212,8 @@ def _run_check(suite: Conformance, name: str, *, lenient: bool) -> Outcome:
         return Outcome(check, "skipped" if lenient else "failed", f"the samples do not suit it: {error}")
     except ConformanceError as error:
         return Outcome(check, "failed", str(error))
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a component raises is its check's outcome
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - whatever a component raises is its check's outcome
         return Outcome(check, "failed", " ".join(f"raised {type(error).__name__}: {error}".split()))
     return Outcome(check, "passed")

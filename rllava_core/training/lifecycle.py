@@ -47,7 +47,9 @@ class Lifecycle:
                 # Standard output belongs to the command.
                 with contextlib.redirect_stdout(sys.stderr):
                     implementation(arguments)
-            except (Exception, SystemExit) as error:  # noqa: BLE001 - isolating a plugin: reported by name, with its cause
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # noqa: BLE001 - isolating a plugin: reported by name, with its cause
                 self._detach(implementation, error)
 
     def _detach(self, implementation: Implementation, error: BaseException) -> None:

@@ -170,3 +170,10 @@ def test_square_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str
     output = capsys.readouterr().out
     assert f"Go on with:  {command}\n" in output
     assert output.startswith("Run runs/[/x]\n")
+
+
+def test_a_warning_is_one_line() -> None:
+    display, output = plain()
+    display.warned("plugin 'x' was detached [really]")
+
+    assert output.getvalue() == "warning: plugin 'x' was detached [really]\n"

@@ -159,3 +159,14 @@ def test_answers_that_cannot_be_written_are_an_error(refused: Refused, trained: 
     message = refused("eval", "run", code=1)
 
     assert message.startswith("run/eval/answers.jsonl could not be written: ")
+
+
+def test_what_is_odd_about_the_choice_of_plugins_is_said(
+    run_rllava: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLLAVA_DISABLE_PLUGINS", "no-such-plugin")
+
+    result = run_rllava("eval", "run")
+
+    assert result.exit_code == 0
+    assert "warning: RLLAVA_DISABLE_PLUGINS names 'no-such-plugin', which is not installed" in result.stderr

@@ -72,6 +72,10 @@ BROKEN = {
     "a missing import": ("import no_such_module_anywhere", ["ModuleNotFoundError", "no_such_module_anywhere"]),
     "a syntax error": ("def broken(:\n", ["SyntaxError", "rllava_example"]),
     "an exit while it is imported": ("import sys\nsys.exit(3)", ["importing 'rllava_example'", "sys.exit(3)"]),
+    "an exception that is no Exception": (
+        "class Panic(BaseException): pass\nraise Panic('in Rust')",
+        ["importing 'rllava_example'", "Panic: in Rust"],
+    ),
     "a hook that raises": (
         HEADER + "@hookimpl\ndef rllava_rewards():\n    raise KeyError('oops')",
         ["rllava_rewards()", "KeyError", "oops"],
