@@ -1,6 +1,10 @@
-"""A vision-language model of a few thousand parameters: bytes, a linear map of 4×4 patches, one Llama layer.
+"""A vision-language model of a few thousand parameters, and the adapter that makes it a policy.
 
-Images of h×w pixels become (h // 4)·(w // 4) tokens, so their number varies.
+Small enough to read in a minute and to train on a laptop's CPU, it is also the place to start an adapter from: replace
+the model by that of your family, and each method by what your family does, until `ModelAdapterConformance` passes.
+
+Text is bytes. Images are cut into squares of 4×4 pixels, each of which becomes one token by a linear map, so an image
+of h×w pixels is (h // 4)·(w // 4) tokens and their number varies. The language model is a Llama of two layers.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ from rllava_core.policy.adapter import Features
 from rllava_core.policy.config import ModelConfig
 
 START, END, PAD, IMAGE = 256, 257, 258, 259
+"""The special tokens, behind the 256 bytes: beginning and end of a turn, padding, the place of an image's square."""
+
 VOCABULARY = 260
 PATCH = 4
+"""Side of a square of an image, in pixels."""
 
 
 class TinyModel(PreTrainedModel):
@@ -39,29 +46,37 @@ class TinyModel(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def hidden(self, tokens: Tensor, patches: Tensor | None, **inputs: Any) -> Tensor:
+        """[N, T, H] after the final norm. tokens: [N, T]; patches: [placeholders in `tokens`, 3·4·4]."""
         embedded = self.backbone.embed_tokens(tokens)
         if patches is not None:
             images = (tokens == IMAGE).unsqueeze(-1).expand_as(embedded)
-            embedded = embedded.masked_scatter(images, self.vision(patches).to(embedded.dtype))
+            # Images come in float32, whatever the precision of the weights.
+            seen = self.vision(patches.to(self.vision.weight.dtype))
+            embedded = embedded.masked_scatter(images, seen.to(embedded.dtype))
         return cast(Tensor, self.backbone(inputs_embeds=embedded, **inputs).last_hidden_state)
 
 
 class TinyAdapter:
+    """The tiny family. What each method must do is said by `rllava_core.policy.adapter.ModelAdapter`."""
+
     pad_token = PAD
-    end_of_turn = (END,)
+    end_of_turn: tuple[int, ...] = (END,)
     image_token = IMAGE
-    forbidden_tokens = (START, PAD, IMAGE)
+    # END is missing: the policy samples it to end its turn.
+    forbidden_tokens: tuple[int, ...] = (START, PAD, IMAGE)
     context_length = 256
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
     def load(self) -> PreTrainedModel:
+        """A saved model, or random weights from torch's global random state, which the run's seed has set."""
+        dtype = getattr(torch, self.config.dtype)
         if self.config.path is not None:
             if not (Path(self.config.path) / "config.json").is_file():
                 raise ModelError(f"model {self.config.path}: holds no config.json")
-            return TinyModel.from_pretrained(self.config.path)
-        return TinyModel(
+            return TinyModel.from_pretrained(self.config.path, dtype=dtype, attn_implementation=self.config.attention)
+        model = TinyModel(
             LlamaConfig(
                 vocab_size=VOCABULARY,
                 hidden_size=16,
@@ -76,8 +91,11 @@ class TinyAdapter:
                 pad_token_id=PAD,
             )
         )
+        model.set_attn_implementation(self.config.attention)
+        return cast(PreTrainedModel, model.to(dtype))
 
     def preprocess(self, image: Image) -> Features:
+        """[squares, 3·4·4] float32 from -1 to 1, row by row; pixels beyond the last whole square are cut off."""
         height, width = (side // PATCH for side in image.pixels.shape[:2])
         if height * width == 0:
             raise DataError(f"{image.source}: smaller than {PATCH} pixels")
@@ -86,9 +104,11 @@ class TinyAdapter:
         return {"patches": torch.from_numpy(patches.reshape(height * width, -1).copy())}
 
     def feature_count(self, features: Features) -> int:
+        """One token a square."""
         return len(features["patches"])
 
     def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
+        """START and END around each turn; the last START is the assistant's, whose turn it is."""
         counts = iter(self.feature_count(item) for item in features)
         tokens: list[int] = []
         for message in messages:
@@ -99,16 +119,20 @@ class TinyAdapter:
         return (*tokens, START)
 
     def encode(self, text: str) -> tuple[int, ...]:
+        """Bytes: no text can spell a special token."""
         return tuple(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """A policy may sample bytes that are no text, and must still be read."""
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
     def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> torch.LongTensor:
+        """[1, T]: text and images alike count up, token by token."""
         positions = torch.arange(start, start + len(tokens))[None]
         return cast(torch.LongTensor, positions)
 
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        """[squares of all images, 3·4·4]; the placeholders say where each image begins and ends."""
         return {"patches": torch.cat([item["patches"] for item in features])}
 
     def hidden_states(
@@ -121,6 +145,7 @@ class TinyAdapter:
         media: Mapping[str, Tensor],
         cache: Cache,
     ) -> Tensor:
+        """One pass of the model. The mask covers the cache as well; `media` is empty where a piece shows no image."""
         assert isinstance(model, TinyModel)
         return model.hidden(
             tokens,
@@ -132,7 +157,9 @@ class TinyAdapter:
         )
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
+        """Applied by the policy to a few states at a time, so that the logits of all are never held at once."""
         return cast(nn.Module, model.lm_head)
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
+        """config.json and model.safetensors, which `load` reads again."""
         model.save_pretrained(directory)

@@ -1,0 +1,164 @@
+"""The workbench of the algorithms' suite: the tiny policy, a train engine on the CPU, and what a step leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from rllava_core.algorithms.protocol import Algorithm, Batch, Loss
+from rllava_core.config import TrainingSection
+from rllava_core.engines.config import LocalTrainConfig
+from rllava_core.engines.local_train import LocalTrainEngine
+from rllava_core.engines.protocol import TrainSetup
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.policy.media import MediaStore
+from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.specs import Kind
+from rllava_core.testing.conformance import Conformance, ConformanceError, require
+from rllava_core.testing.rollouts import (
+    Script,
+    choice_scripts,
+    conversation_scripts,
+    demonstrate,
+    pack,
+    play,
+    text_scripts,
+    tiny_policy,
+    with_scores,
+)
+from rllava_core.training.seeds import seed_everything
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: what was learnt from, what was reported, and the gradient of every weight by name."""
+
+    batch: Batch
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+
+
+class AlgorithmSuite(Conformance):
+    """Makes policies, engines, trajectories and updates; a subclass may make other ones."""
+
+    kind: ClassVar[Kind] = "algorithm"
+    needs: frozenset[str] = frozenset()
+    groups: int = 3
+    learns: bool = True
+    learning_rate: float = 1e-2
+    learning_steps: int = 40
+
+    def policy(self, algorithm: Algorithm, seed: int = 0) -> Policy:
+        """The policy that the loop would make: with the heads that the algorithm declares."""
+        return tiny_policy(algorithm.heads, seed)
+
+    def engine(self, algorithm: Algorithm, policy: Policy | None = None, **training: Any) -> LocalTrainEngine:
+        """A train engine on the CPU without a gradient limit, so that gradients can be compared.
+
+        The reference is another random policy, so that the divergence from it is not zero.
+        """
+        policy = self.policy(algorithm) if policy is None else policy
+        section = TrainingSection(steps=1, **{"max_grad_norm": None, **training})
+        reference = self.policy(algorithm, seed=1) if algorithm.uses_reference else None
+        setup = TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+        return LocalTrainEngine(LocalTrainConfig(device="cpu"), setup)
+
+    def trajectories(self, algorithm: Algorithm, scripts: Sequence[Script] | None = None) -> list[Trajectory]:
+        """What `prepare` is given: groups that the initial policy plays, or demonstrations, of these scripts."""
+        scripts = self.usual_scripts() if scripts is None else scripts
+        if algorithm.experience == "demonstrations":
+            return demonstrate(tiny_policy().adapter, scripts)
+        return play(tiny_policy(), scripts, algorithm.group_size)
+
+    def update(
+        self, algorithm: Algorithm, engine: LocalTrainEngine, trajectories: Sequence[Trajectory], rate: float = 1e-3
+    ) -> list[Update]:
+        """One iteration of the loop, from the same random state every time. Raises ConformanceError."""
+        seed_everything(0)
+        updates = []
+        try:
+            for batch in algorithm.prepare(trajectories, engine):
+                metrics = engine.step(batch, algorithm.loss, rate)
+                updates.append(Update(batch, metrics, gradients_of(engine.policy)))
+        except Exception as error:
+            raise ConformanceError(
+                f"an update on ordinary trajectories raised {type(error).__name__}: {error}"
+            ) from error
+        require(updates, "prepare() yielded no batch, so a step of training would do nothing")
+        return updates
+
+    def required(self) -> frozenset[str]:
+        """The capabilities that the algorithm needs."""
+        return self.find().spec.needs if self.component else self.needs
+
+    def usual_scripts(self) -> list[Script]:
+        """What most checks play: a text, choices and several turns, or choices alone."""
+        if "choices" in self.required():
+            scripts = [*choice_scripts()[1:2], *conversation_scripts(choices=True), *choice_scripts()]
+        else:
+            scripts = [*text_scripts()[:1], *conversation_scripts()[:1], *choice_scripts(), *text_scripts()[1:]]
+        return scripts[: self.groups]
+
+    def updates(self, algorithm: Algorithm) -> list[Update]:
+        """One iteration on an engine of its own."""
+        return self.update(algorithm, self.engine(algorithm), self.trajectories(algorithm))
+
+    def losses(self, algorithm: Algorithm) -> list[Loss]:
+        """Of the first batch, whole."""
+        engine = self.engine(algorithm)
+        seed_everything(0)
+        found = []
+        for batch in algorithm.prepare(self.trajectories(algorithm), engine):
+            output: PolicyOutput = engine.policy(pack(engine.policy, batch.trajectories))
+            found.append(algorithm.loss(batch.to(engine.policy.device), output))
+            break
+        require(found, "prepare() yielded no batch, so a step of training would do nothing")
+        return found
+
+    def require_sound(
+        self, scripts: Sequence[Script] | None = None, scores: Sequence[float] = (), *, text: bool = False
+    ) -> None:
+        """An update whose every number is finite."""
+        if text and "choices" in self.required():
+            raise SkipTest("the algorithm needs choices")
+        algorithm = self.create()
+        trajectories = self.trajectories(algorithm, scripts)
+        if scores:
+            trajectories = with_scores(trajectories, scores)
+        for update in self.update(algorithm, self.engine(algorithm, micro_batch_tokens=100), trajectories):
+            for name, value in update.metrics.items():
+                require(math.isfinite(value), f"metric {name!r} became {value} with returns {_returns(trajectories)}")
+            for name, column in update.batch.columns.items():
+                require(
+                    torch.isfinite(column).all(),
+                    f"column {name!r} is not finite with returns {_returns(trajectories)}: is something divided by a "
+                    "standard deviation or a count that can be zero?",
+                )
+
+
+def gradients_of(policy: Policy) -> dict[str, Tensor]:
+    """What the last step has left."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in policy.named_parameters()
+    }
+
+
+def leaves_of(output: PolicyOutput) -> PolicyOutput:
+    """The same numbers, cut from the policy, so that a loss leaves its gradient on them."""
+    return PolicyOutput(
+        output.logprobs.detach().requires_grad_(),
+        output.entropies.detach().requires_grad_(),
+        {name: values.detach().requires_grad_() for name, values in output.heads.items()},
+    )
+
+
+def _returns(trajectories: Sequence[Trajectory]) -> str:
+    values = [trajectory.episode_return for trajectory in trajectories]
+    return ", ".join(f"{value:g}" for value in values[:4]) + ("…" if len(values) > 4 else "")

@@ -1,0 +1,167 @@
+"""The workbench of the engines' suite: which role is checked, the tiny policy, batches and requests."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import SkipTest
+
+import torch
+from torch import Tensor
+
+from rllava_core.algorithms.protocol import Batch, Loss
+from rllava_core.config import TrainingSection
+from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.policy.media import MediaStore
+from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.sampling import Request
+from rllava_core.specs import Kind
+from rllava_core.testing.conformance import Conformance, require
+from rllava_core.testing.rollouts import (
+    Turn,
+    choice_scripts,
+    conversation_scripts,
+    pack,
+    picture,
+    play,
+    request,
+    text_scripts,
+    tiny_policy,
+)
+from rllava_core.training.storage import load_tree, save_tree
+
+ENDS = tuple(range(24))
+"""Bytes that end a turn in the engines' checks, so that some answers end and some are cut."""
+
+FORBIDDEN = tuple(range(128, 192))
+"""Bytes that may not be sampled in the engines' checks, so that an engine that samples them does so at once."""
+
+
+class EngineSuite(Conformance):
+    """Makes engines of either role on tiny policies."""
+
+    kind: ClassVar[Kind] = "engine"
+    logprobs: bool = True
+    tolerance: float = 1e-4
+
+    def create(self, setup: TrainSetup | RolloutSetup | None = None) -> Any:
+        """A new engine of the component on a setup, or on a tiny policy of its own."""
+        if setup is None:
+            policy = self.policy()
+            setup = self.train_setup(policy) if self.role == "train" else self.rollout_setup(policy)
+        return self.target()(self.config(), setup)
+
+    def policy(self, seed: int = 0, heads: Mapping[str, int] | None = None) -> Policy:
+        """Random weights from the seed; a turn ends, and a token is forbidden, more often than usual."""
+        return tiny_policy(heads, seed, 2.0, end_of_turn=ENDS, forbidden_tokens=FORBIDDEN)
+
+    def train_setup(self, policy: Policy, reference: Policy | None = None, **training: Any) -> TrainSetup:
+        """Without a gradient limit, unless `training` has one."""
+        section = TrainingSection(steps=1, **{"max_grad_norm": None, **training})
+        return TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+
+    def rollout_setup(self, policy: Policy) -> RolloutSetup:
+        """In the precision of the weights."""
+        return RolloutSetup(policy, MediaStore(policy.adapter), nullcontext)
+
+    def trainer(self, policy: Policy | None = None, reference: Policy | None = None, **training: Any) -> TrainEngine:
+        """A train engine. Raises SkipTest if the component does not train."""
+        self._require_role("train")
+        engine: TrainEngine = self.create(self.train_setup(policy or self.policy(), reference, **training))
+        return engine
+
+    def sampler(self, policy: Policy | None = None) -> RolloutEngine:
+        """A rollout engine. Raises SkipTest if the component does not sample."""
+        self._require_role("rollout")
+        engine: RolloutEngine = self.create(self.rollout_setup(policy or self.policy()))
+        return engine
+
+    def trajectories(self) -> list[Trajectory]:
+        """Text, choices, several turns, several images and none."""
+        return play(self.policy(), [*text_scripts(), *choice_scripts(), *conversation_scripts()], 2)
+
+    def requests(self, counts: Sequence[int] = (3, 1, 4, 2, 1)) -> list[Request]:
+        """Texts and choices by turns, with an image, several and none, and a later turn of a conversation."""
+        adapter = self.policy().adapter
+        media = MediaStore(adapter)
+        [earlier] = play(self.policy(), [text_scripts()[0]])
+        turns = [
+            Turn((picture(), "Colour?"), max_tokens=5),
+            Turn(("Is ", picture(8, 24, 1), " like ", picture(12, 8, 2), "?"), ("yes", "no!", "hmm")),
+            Turn(("Two and two?",), max_tokens=2),
+            Turn(("Up?",), ("y", "n")),
+            Turn((picture(12, 8, 3), "And now?"), max_tokens=7),
+        ]
+        history = [(), (), (), (), earlier.segments]
+        return [
+            request(adapter, media, turn, count, before)
+            for turn, count, before in zip(turns, counts, history, strict=True)
+        ]
+
+    def _require_role(self, role: str) -> None:
+        if self.component:
+            provided = role in self.find().spec.provides and self.role in (None, role)
+        else:
+            provided = self.role == role
+        if not provided:
+            raise SkipTest(f"the component does not provide {role!r}")
+
+    def _returns_logprobs(self) -> bool:
+        return "logprobs" in self.find().spec.provides if self.component else self.logprobs
+
+
+def weighted(trajectories: Sequence[Trajectory]) -> Batch:
+    """A batch whose decisions all weigh the same."""
+    decisions = sum(trajectory.decisions for trajectory in trajectories)
+    return Batch(tuple(trajectories), {"weights": torch.full((decisions,), 1.0 / decisions)})
+
+
+def imitation(batch: Batch, output: PolicyOutput) -> Loss:
+    """Raises the log-prob of every decision, and moves every head towards 1; counts the decisions."""
+    per_decision = -output.logprobs
+    for values in output.heads.values():
+        per_decision = per_decision + (values - 1).square().sum(-1)
+    total = (batch.weights * per_decision).sum()
+    decisions = total.new_tensor(len(output.logprobs))
+    return Loss(total, {"conformance/loss": total.detach(), "conformance/decisions": decisions})
+
+
+def weights_of(policy: Policy) -> dict[str, Tensor]:
+    """A copy on the CPU."""
+    return {name: values.detach().cpu().clone() for name, values in policy.state_dict().items()}
+
+
+def moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+    """Norm of the difference of two sets of weights."""
+    squares = [float((after[name].double() - values.double()).square().sum()) for name, values in before.items()]
+    return math.sqrt(sum(squares))
+
+
+def same_weights(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Bitwise."""
+    return all(torch.equal(values, second[name]) for name, values in first.items())
+
+
+def through_a_file(state: Any) -> Any:
+    """What is read of a state that was saved. Raises ConformanceError if it cannot be saved."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "engine"
+        try:
+            save_tree(state, path)
+        except Exception as error:  # noqa: BLE001 - whatever prevents it is the finding
+            require(False, f"state_dict() cannot be saved: {error}")
+        return load_tree(path)
+
+
+def recomputed(policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyOutput:
+    """What the policy itself says, on the CPU."""
+    with torch.no_grad():
+        output: PolicyOutput = policy(pack(policy, trajectories))
+    return PolicyOutput(
+        output.logprobs.cpu(), output.entropies.cpu(), {name: values.cpu() for name, values in output.heads.items()}
+    )
