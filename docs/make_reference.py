@@ -13,13 +13,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import BaseModel
+
 import rllava_core.testing as kit
 from rllava_core import hookspecs
 from rllava_core.algorithms import maths, policy_gradient, protocol
+from rllava_core.algorithms.config import PolicyGradientConfig
+from rllava_core.config.describing import keys_of
 from rllava_core.engines import protocol as engines
 from rllava_core.mdp import environment, examples, images, messages, rewards, trajectory
 from rllava_core.plugins import KIND_HOOKS, listing, selection
 from rllava_core.policy import adapter, policy
+from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.sampling import Request
 from rllava_core.specs import KINDS, ComponentSpec, Kind, PluginInfo
 from rllava_core.testing.conformance import Conformance, checks_of
@@ -40,14 +45,8 @@ PROTOCOLS: dict[Kind, list[type]] = {
     "dataset": [examples.Dataset],
 }
 
-CONFIGS: dict[Kind, str] = {
-    "model": "`rllava_core.policy.config.ModelConfig`",
-    "algorithm": "`rllava_core.config.Options`, or `rllava_core.algorithms.config.PolicyGradientConfig`",
-    "reward": "`rllava_core.config.Options`",
-    "engine": "`rllava_core.config.Options`",
-    "environment": "`rllava_core.config.Options`",
-    "dataset": "`rllava_core.config.Options`",
-}
+CONFIGS: dict[Kind, type[BaseModel]] = {"model": ModelConfig, "algorithm": PolicyGradientConfig}
+"""What configs of a kind are derived from, where that is more than `rllava_core.config.Options`."""
 
 RECORDS: list[type] = [
     ComponentSpec,
@@ -75,6 +74,10 @@ RECORDS: list[type] = [
 ]
 
 
+NAMES = re.compile(r"^([a-z_]+(?:, [a-z_]+)*): ", re.MULTILINE)
+"""The beginning of a line of a docstring that says what a name means."""
+
+
 def page() -> str:
     """The whole page."""
     parts = [INTRODUCTION, "## Hooks\n", _text(hookspecs), *_functions(_hooks(), level=3)]
@@ -88,7 +91,7 @@ def page() -> str:
     parts.append("In `rllava_core.algorithms.maths`.\n")
     parts += _functions(_own_functions(maths), level=3)
     parts.append("## The environment variables\n")
-    parts.append(_text(selection))
+    parts.append(f"```\n{inspect.getdoc(selection)}\n```")
     parts.append("## `rllava plugins --json`\n")
     parts.append(_text(listing))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -97,7 +100,15 @@ def page() -> str:
 def _kind(kind: Kind) -> Iterator[str]:
     suite: type[Conformance] = getattr(kit, SUITES[kind])
     yield f"### {kind}\n"
-    yield f"Hook `{KIND_HOOKS[kind]}`; config derived from {CONFIGS[kind]}; suite `rllava_core.testing.{SUITES[kind]}`."
+    yield f"Hook `{KIND_HOOKS[kind]}`; suite `rllava_core.testing.{SUITES[kind]}`."
+    base = CONFIGS.get(kind)
+    if base is None:
+        yield "Its config is derived from `rllava_core.config.Options`, which refuses unknown keys."
+    else:
+        more = " (of another rule: from `rllava_core.config.Options`)" if kind == "algorithm" else ""
+        yield f"Its config is derived from `{base.__module__}.{base.__name__}`{more}, which has these keys:\n"
+        rows = [f"| `{key.name}` | {key.type} | `{key.default}` | {key.meaning} |" for key in keys_of(base)]
+        yield "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows])
     for protocol_class in PROTOCOLS[kind]:
         yield from _class(protocol_class, level=4)
     yield f"#### `{SUITES[kind]}`\n"
@@ -119,8 +130,8 @@ def _class(described: type, level: int = 3) -> Iterator[str]:
         lines = []
         for field in dataclasses.fields(described):
             has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-            lines.append(f"    {field.name}: {field.type}{' (has a default)' if has_default else ''}")
-        yield "\n".join(lines)
+            lines.append(f"{field.name}: {field.type}{' (has a default)' if has_default else ''}")
+        yield "\n".join(["```", *lines, "```"])
     yield from _functions(_methods(described), level=level + 1, owner=described.__name__)
 
 
@@ -137,10 +148,11 @@ def _methods(described: type) -> list[Any]:
 
 def _functions(functions: Iterable[Any], level: int, owner: str = "") -> Iterator[str]:
     for function in functions:
-        signature = str(inspect.signature(function)).replace("'", "")
+        # Annotations are strings, and are shown as they are written.
+        signature = re.sub(r"(: |-> )(['\"])(.*?)\2", r"\1\3", str(inspect.signature(function)))
         name = f"{owner}.{function.__name__}" if owner else function.__name__
         yield f"{'#' * level} `{name}`\n"
-        yield f"    {function.__name__}{signature}\n"
+        yield f"```python\n{function.__name__}{signature}\n```\n"
         if function.__doc__:
             yield _text(function)
 
@@ -155,7 +167,12 @@ def _own_functions(module: ModuleType) -> list[Any]:
 
 
 def _text(described: Any) -> str:
-    return inspect.getdoc(described) or ""
+    """A docstring as Markdown: what it says of each name becomes an item of a list."""
+    paragraphs = (inspect.getdoc(described) or "").split("\n\n")
+    for number, paragraph in enumerate(paragraphs):
+        if NAMES.match(paragraph):
+            paragraphs[number] = NAMES.sub(lambda found: f"- `{found[1]}`: ".replace(", ", "`, `"), paragraph)
+    return "\n\n".join(paragraphs)
 
 
 def _sentence(check: str) -> str:
