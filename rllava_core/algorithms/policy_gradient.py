@@ -15,6 +15,7 @@ from torch import Tensor
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.maths import aggregation_weights, kl_estimate
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
+from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.policy import PolicyOutput
 
@@ -65,7 +66,7 @@ class PolicyGradient:
     def targets(self, rollouts: Rollouts, policy: PolicyAccess) -> dict[str, Tensor]:
         """Columns of [D] that the loss reads: the advantages; an actor-critic adds the targets of its values."""
         advantages = self.advantages(rollouts)
-        if advantages.shape != rollouts.old_logprobs.shape:
+        if advantages.shape == rollouts.returns.shape:
             advantages = advantages.repeat_interleave(rollouts.decisions)
         return {"advantages": advantages}
 
@@ -88,6 +89,7 @@ class PolicyGradient:
                 lowered = rollouts.returns - self.config.kl_coefficient * _sums(divergence, rollouts.decisions)
                 rollouts = replace(rollouts, returns=lowered)
         columns |= self.targets(rollouts, policy)
+        _check_columns(columns, int(rollouts.decisions.sum()))
         for _ in range(self.config.epochs):
             for chosen in _minibatches(rollouts.group, self.config.minibatches):
                 yield self._batch(rollouts, columns, chosen)
@@ -123,6 +125,16 @@ class PolicyGradient:
         own["weights"] = aggregation_weights(decisions, self.config.aggregation, self.config.aggregation_length)
         own["share"] = torch.full((int(decisions.sum()),), 1.0 / int(decisions.sum()))
         return Batch(tuple(rollouts.trajectories[number] for number in chosen), own)
+
+
+def _check_columns(columns: Mapping[str, Tensor], decisions: int) -> None:
+    """A column of another length would be cut to fit, or give decisions the values of others."""
+    for name, column in columns.items():
+        if column.shape[:1] != (decisions,):
+            raise TrainingError(
+                f"{name!r} has shape {tuple(column.shape)} for {decisions} decisions: expected one row for each "
+                "(advantages() may also return one for each trajectory)"
+            )
 
 
 def _minibatches(group: Tensor, count: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ TIMEOUT, DEEP_TIMEOUT = 120, 900
 ATTEMPTS = 3
 """The shortest of so many import times counts: a busy machine is not the plugin's fault."""
 
-STYLES = {"ok": "green", "warning": "yellow", "error": "red", "skipped": "dim"}
+STYLES = {"warning": "yellow", "error": "red"}
 
 Finding = dict[str, str]
 
@@ -120,8 +121,11 @@ def _print(report: dict[str, Any]) -> None:
     state = click.style("ok", fg="green") if report["ok"] else click.style("not ok", fg="red")
     click.echo(f"{report['name']} ({report['distribution']} {report['version']}): {state}, {passed} checks passed")
     for finding in findings:
-        if finding["level"] != "ok":
-            level = click.style(
-                finding["level"], fg=STYLES[finding["level"]] if finding["level"] != "skipped" else None
-            )
-            click.echo(f"  {level}: {finding['check']}: {finding['message']}")
+        if finding["level"] in ("warning", "error"):
+            level = click.style(finding["level"], fg=STYLES[finding["level"]])
+            about = f"{finding['component']}: " if "component" in finding else ""
+            click.echo(f"  {level}: {about}{finding['check']}: {finding['message']}")
+    skipped = Counter((f.get("component", ""), f["message"]) for f in findings if f["level"] == "skipped")
+    for (component, reason), count in skipped.items():
+        checks = f"{count} checks" if count > 1 else "1 check"
+        click.echo(f"  skipped: {checks}{f' of {component}' if component else ''}: {reason}")

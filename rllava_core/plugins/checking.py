@@ -3,7 +3,8 @@
     python -m rllava_core.plugins.checking OUTPUT DISTRIBUTION PLUGIN
 
 `rllava plugins check` starts it, so that what the plugin imports, prints and takes is the plugin's own. Writes the
-findings to the file OUTPUT as JSON.
+findings to the file OUTPUT as JSON: a list of objects with check, level (ok, warning, error or skipped), message, and
+component where the finding is about one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def check(found: Found) -> list[Finding]:
     findings += _check_description(plugin)
     findings += _check_names(plugin)
     for component in plugin.components:
-        findings += [*_check_target(component), *_check_config(component)]
+        label = f"{component.kind} {component.spec.name}"
+        parts = [*_check_target(component), *_check_config(component)]
+        findings += [{"component": label, **finding} for finding in parts]
     return findings
 
 
@@ -150,7 +153,7 @@ def _check_names(plugin: Plugin) -> Iterator[Finding]:
 def _check_target(component: Component) -> Iterator[Finding]:
     """The module that a spec names exists; it is not imported, only its parents are."""
     module = component.spec.target.partition(":")[0]
-    name = f"target of {component.kind} {component.spec.name}"
+    name = "target"
     try:
         with isolated(f"looking for {module!r}"):
             spec = importlib.util.find_spec(module)
@@ -167,7 +170,7 @@ def _check_config(component: Component) -> Iterator[Finding]:
     """The config model can be imported without torch, and refuses what it does not know."""
     if component.spec.config is None:
         return
-    name = f"config of {component.kind} {component.spec.name}"
+    name = "config"
     loaded_before = TORCH & set(sys.modules)
     try:
         with isolated("importing it"):

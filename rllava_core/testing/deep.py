@@ -53,7 +53,8 @@ def main(output: str, distribution: str, name: str) -> None:
                 role = f" ({suite.role})" if suite.role else ""
                 findings += [
                     {
-                        "check": f"{component.kind} {component.spec.name}{role}: {outcome.check.replace('_', ' ')}",
+                        "component": f"{component.kind} {component.spec.name}{role}",
+                        "check": outcome.check.replace("_", " "),
                         "level": LEVELS[outcome.status],
                         "message": outcome.message,
                     }

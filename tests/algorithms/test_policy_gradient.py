@@ -15,6 +15,7 @@ from torch import Tensor
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.policy_gradient import PolicyGradient, Rollouts
 from rllava_core.algorithms.protocol import Batch
+from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.policy import PolicyOutput
 
@@ -296,3 +297,19 @@ def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], m
 )
 def test_the_estimator_k1_is_allowed_where_nothing_is_differentiated(options: dict[str, Any]) -> None:
     PolicyGradientConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda r: r.returns[1:], lambda r: r.old_logprobs[:-1], lambda r: torch.cat([r.old_logprobs, r.returns])],
+    ids=["one trajectory too few", "one decision too few", "too many"],
+)
+def test_advantages_of_another_length_are_refused_and_not_cut_to_fit(
+    trajectories: list[Trajectory], wrong: Callable[[Rollouts], Tensor]
+) -> None:
+    class Wrong(Reinforce):
+        def advantages(self, rollouts: Rollouts) -> Tensor:
+            return wrong(rollouts)
+
+    with pytest.raises(TrainingError, match=r"'advantages' has shape \(\d+,\) for \d+ decisions: expected one row"):
+        list(Wrong(PolicyGradientConfig()).prepare(trajectories, Any))

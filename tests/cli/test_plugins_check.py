@@ -58,9 +58,13 @@ def plugin(fake_distribution: Any) -> Callable[..., Path]:
 
 
 def findings(result: Result, name: str = "example") -> dict[str, tuple[str, str]]:
-    """Level and message of each check of one plugin."""
+    """Level and message of each check of one plugin; those of a component are named `check of component`."""
     [report] = [report for report in json.loads(result.stdout)["plugins"] if report["name"] == name]
-    return {finding["check"]: (finding["level"], finding["message"]) for finding in report["findings"]}
+    found = {}
+    for finding in report["findings"]:
+        about = f" of {finding['component']}" if "component" in finding else ""
+        found[finding["check"] + about] = (finding["level"], finding["message"])
+    return found
 
 
 def test_a_good_plugin_passes(run_rllava: Run, plugin: Any) -> None:
@@ -138,6 +142,50 @@ def test_what_is_wrong_is_found_and_named(
     found_level, message = findings(result)[check]
     assert (found_level, words in message) == (level, True), message
     assert result.exit_code == (1 if level == "error" else 0)
+
+
+@pytest.mark.parametrize(
+    ("parts", "check", "words"),
+    [
+        (PARTS.replace("class Reward", "class Rewart"), "the target can be imported", "'Reward'"),
+        (
+            PARTS.replace("for item in trajectories]", "for item in trajectories[1:]]"),
+            "every trajectory gets one finite",
+            "1",
+        ),
+        (PARTS.replace(', description="of every trajectory"', ""), "every option has a description", "value"),
+    ],
+)
+def test_only_a_deep_check_looks_into_components(
+    run_rllava: Run, plugin: Any, parts: str, check: str, words: str
+) -> None:
+    plugin(parts=parts)
+    assert run_rllava("plugins", "check", "example").exit_code == 0
+
+    result = run_rllava("plugins", "check", "example", "--deep", "--json")
+
+    assert result.exit_code == 1
+    [(level, message)] = [found for name, found in findings(result).items() if name.startswith(check)]
+    assert level == "error"
+    assert words in message
+
+
+def test_a_good_plugin_passes_the_deep_check_too(run_rllava: Run, plugin: Any) -> None:
+    plugin()
+
+    result = run_rllava("plugins", "check", "example", "--deep")
+
+    assert result.exit_code == 0, result.stdout
+    assert result.stdout.startswith("example (rllava-example 1.0): ok, ")
+
+
+def test_components_of_a_plugin_that_cannot_be_loaded_are_not_looked_for(run_rllava: Run, plugin: Any) -> None:
+    plugin("1 / 0")
+
+    result = run_rllava("plugins", "check", "example", "--deep")
+
+    assert result.exit_code == 1
+    assert result.stdout.endswith("  skipped: 1 check: the plugin cannot be loaded\n")
 
 
 def test_a_name_that_two_plugins_use_is_an_error_of_both(run_rllava: Run, plugin: Any) -> None:
