@@ -11,13 +11,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from rllava_core.cli import rllava
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "plugins.md"
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-RLLAVA = "import sys; from rllava_core.cli import main; sys.argv[0] = 'rllava'; main()"
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -28,9 +29,10 @@ def blocks() -> list[tuple[str, str]]:
 class Reader:
     """Somebody who does what the page says, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.path: list[str] = []
+        self.patch = patch
+        patch.chdir(folder)
 
     def write(self, text: str) -> None:
         """A block whose first line names a file."""
@@ -52,18 +54,16 @@ class Reader:
         if command[:3] == ["pip", "install", "-e"]:
             self._install(self.folder / command[3])
             return ""
-        program = {"rllava": ["-c", RLLAVA], "pytest": ["-m", "pytest", "-q", "-p", "no:cacheprovider"]}[command[0]]
-        small = ["training.steps=2", "training.prompts_per_step=2", "training.eval_episodes=4"]
-        arguments = [*command[1:], *(small if command[1] == "train" else [])]
+        if command[0] == "rllava":
+            small = ["training.steps=2", "training.prompts_per_step=2", "training.eval_episodes=4"]
+            arguments = [*command[1:], *(small if command[1] == "train" else [])]
+            result = CliRunner().invoke(rllava, arguments, catch_exceptions=False)
+            assert result.exit_code == 0, f"`{shlex.join(command)}` failed:\n{result.output}"
+            return result.stdout
+        assert command[0] == "pytest"
+        program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         done = subprocess.run(
-            [sys.executable, *program, *arguments],
-            cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([*self.path, os.environ.get("PYTHONPATH", "")])},
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=300,
-            check=False,
+            [*program, *command[1:]], cwd=self.folder, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"`{shlex.join(command)}` failed:\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -79,14 +79,16 @@ class Reader:
         info.joinpath("METADATA").write_text("\n".join(header) + "\n", encoding="utf-8")
         lines = [f"{name} = {value}" for name, value in project["entry-points"]["rllava"].items()]
         info.joinpath("entry_points.txt").write_text("\n".join(["[rllava]", *lines]) + "\n", encoding="utf-8")
-        self.path.insert(0, str(source))
+        self.patch.syspath_prepend(str(source))
+        path = os.environ.get("PYTHONPATH", "")
+        self.patch.setenv("PYTHONPATH", os.pathsep.join([str(source), path]))
 
 
 @pytest.fixture
-def reader(tmp_path: Path, toy_config: Path) -> Reader:
+def reader(tmp_path: Path, toy_config: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     # The page trains on digits, which needs other packages; the toy's config stands for any.
     toy_config.rename(tmp_path / "digits.yaml")
-    return Reader(tmp_path)
+    return Reader(tmp_path, monkeypatch)
 
 
 def test_following_the_page_gives_plugins_that_work(reader: Reader) -> None:
