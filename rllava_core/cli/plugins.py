@@ -11,7 +11,7 @@ from rllava_core.cli.groups import LazyCommand, LazyGroup
 from rllava_core.errors import PluginError
 from rllava_core.plugins import Component, Plugin, Registry, load_plugins
 from rllava_core.plugins.listing import components_of, listing, plugins_with
-from rllava_core.plugins.loading import raise_problems
+from rllava_core.plugins.loading import LIFECYCLE_HOOKS, raise_problems
 from rllava_core.plugins.selection import Selection
 from rllava_core.specs import KINDS, Kind
 
@@ -73,8 +73,10 @@ def _print_table(registry: Registry, kind: Kind | None) -> None:
         status = Text(plugin.status, style=STATUS_STYLES[plugin.status])
         # Text, not str: rich would read square brackets in a name as markup.
         cells = [Text(cell) for cell in (plugin.name, plugin.distribution, plugin.version, plugin.hook_api or "–")]
-        provided = "\n".join(label(component) for component in components_of(plugin, kind))
-        table.add_row(*cells, status, Text(provided))
+        provided = [label(component) for component in components_of(plugin, kind)]
+        if kind is None and not set(LIFECYCLE_HOOKS).isdisjoint(plugin.hooks):
+            provided.append("follows runs")
+        table.add_row(*cells, status, Text("\n".join(provided)))
     Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE).print(table)
     for warning in registry.warnings:
         click.echo(warning)

@@ -157,6 +157,14 @@ def test_one_kind_can_be_listed(fake_distribution: Any) -> None:
     assert "engine server" not in table
 
 
+def test_a_plugin_that_follows_runs_is_listed_as_one(fake_distribution: Any) -> None:
+    fake_distribution("rllava-logger", "1.0", HEADER + "@hookimpl\ndef rllava_step_end(step):\n    pass\n")
+
+    [row] = [line for line in run("plugins").stdout.splitlines() if "rllava-logger" in line]
+    assert row.strip("│").split("│")[-1].strip() == "follows runs"
+    assert "rllava-logger" not in run("plugins", "--kind", "reward").stdout
+
+
 def test_without_loading_nothing_of_a_plugin_runs(fake_distribution: Any) -> None:
     fake_distribution("rllava-example", "1.2", EXAMPLE)
 
