@@ -4,6 +4,11 @@ The command line prints the message alone and exits with `exit_code`: 2 for a wr
 run that failed after it had begun.
 """
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class RllavaError(Exception):
     """Base of every error that rllava raises for a user to read."""
@@ -45,3 +50,12 @@ class InvariantError(RllavaError):
 
 class TrainingError(RllavaError):
     """A run that cannot go on: a non-finite loss, a disk that is full, a checkpoint that cannot be read."""
+
+
+def describe(error: BaseException) -> str:
+    """What somebody else's code did, and where: `raised KeyError: 'x' (reward.py:12)`, `called sys.exit(3) (…)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, SystemExit):
+        return f"called sys.exit({error.code!r}){place}"
+    return " ".join(f"raised {type(error).__name__}: {error}".split()) + place

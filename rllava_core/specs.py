@@ -20,6 +20,9 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 hookimpl = pluggy.HookimplMarker("rllava")
 """Marks a function of a plugin's module as the implementation of the hook of the same name."""
 
+CAPABILITIES = frozenset({"train", "rollout", "logprobs", "heads", "choices", "dataset"})
+"""What the core's own parts provide and need; plugins may agree on more among themselves."""
+
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 _TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -36,10 +39,10 @@ class ComponentSpec:
     provides, needs: capabilities, matched before any weight is loaded: what an algorithm needs, the model, the
         engines and the environment together must provide.
 
-    Capabilities the core knows: engines provide `train` or `rollout`; a rollout engine that returns the log-prob of
-    each action it samples provides `logprobs`; a model whose policy can carry heads on its hidden states provides
-    `heads`; an environment with a discrete action set, or a task with `choices`, provides `choices`; a task with a data
-    set provides `dataset`.
+    Capabilities that the core knows (`CAPABILITIES`): engines provide `train` or `rollout`; a rollout engine that
+    returns the log-prob of each action it samples provides `logprobs`; a model whose policy can carry heads on its
+    hidden states provides `heads`; an environment with a discrete action set, or a task with `choices`, provides
+    `choices`; a task with a data set provides `dataset`.
 
     Raises ValueError for a name or a target of the wrong form.
     """

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +119,17 @@ def _print(report: dict[str, Any]) -> None:
     passed = sum(finding["level"] == "ok" for finding in findings)
     state = click.style("ok", fg="green") if report["ok"] else click.style("not ok", fg="red")
     click.echo(f"{report['name']} ({report['distribution']} {report['version']}): {state}, {passed} checks passed")
+    # One defect makes many checks fail alike.
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for finding in findings:
-        if finding["level"] in ("warning", "error"):
-            level = click.style(finding["level"], fg=STYLES[finding["level"]])
-            about = f"{finding['component']}: " if "component" in finding else ""
-            click.echo(f"  {level}: {about}{finding['check']}: {finding['message']}")
-    skipped = Counter((f.get("component", ""), f["message"]) for f in findings if f["level"] == "skipped")
-    for (component, reason), count in skipped.items():
-        checks = f"{count} checks" if count > 1 else "1 check"
-        click.echo(f"  skipped: {checks}{f' of {component}' if component else ''}: {reason}")
+        key = (finding["level"], finding.get("component", ""), finding["message"])
+        alike.setdefault(key, []).append(finding["check"])
+    for (level, component, message), checks in alike.items():
+        if level in STYLES:
+            about = f"{component}: " if component else ""
+            more = f" (and {len(checks) - 1} more checks)" if len(checks) > 1 else ""
+            click.echo(f"  {click.style(level, fg=STYLES[level])}: {about}{checks[0]}{more}: {message}")
+    for (level, component, message), checks in alike.items():
+        if level == "skipped":
+            count = f"{len(checks)} checks" if len(checks) > 1 else f"1 check ({checks[0]})"
+            click.echo(f"  skipped: {count}{f' of {component}' if component else ''}: {message}")

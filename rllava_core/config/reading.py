@@ -43,7 +43,10 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[tupl
         try:
             parsed = parse_yaml(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {_yaml_problem(error)}") from None
+            # A shell splits what holds spaces, and the rest of the value becomes an override of its own.
+            hint = "; if it holds spaces, put the whole override in quotes" if value[:1] in ("[", "{") else ""
+            problem = f"the value is not valid YAML: {_yaml_problem(error)}{hint}"
+            raise ConfigError(f"override {override!r}: {problem}") from None
         for key_of_parent in _set(data, keys, parsed, override):
             applied.setdefault(key_of_parent, override)
         applied[keys] = override

@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
-from rllava_core.config.problems import Source, describe
+from rllava_core.config.problems import Source, describe, did_you_mean
 from rllava_core.config.reading import apply_overrides, read_yaml
 from rllava_core.config.sections import ComponentSection, ModelSection, Options, RewardSection, RunConfig
 from rllava_core.errors import ConfigError, PluginError, RllavaError
 from rllava_core.plugins import Component, Registry
-from rllava_core.specs import Kind
+from rllava_core.plugins.isolation import what_happened
+from rllava_core.specs import CAPABILITIES, Kind
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,17 @@ class Resolved:
     config: BaseModel
 
     def create(self, *arguments: Any) -> Any:
-        """Import the target and call it with the config."""
-        return self.component.load_target()(self.config, *arguments)
+        """Import the target and call it with the config. Raises PluginError for what its code did wrong."""
+        target = self.component.load_target()
+        try:
+            return target(self.config, *arguments)
+        except RllavaError:
+            raise
+        except Exception as error:
+            made = f"{self.component.kind} {self.component.qualified_name!r}"
+            raise PluginError(
+                f"{made}: making {target.__qualname__!r} from its config {what_happened(error)}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -128,9 +138,11 @@ def _check_needs(resolved: ResolvedConfig, source: Source) -> None:
         missing = sorted(part.component.spec.needs - provided)
         if missing:
             chosen = ", ".join(f"{other.component.kind} {other.component.spec.name!r}" for other in parts)
+            hints = [did_you_mean(name, CAPABILITIES) for name in missing if name not in CAPABILITIES]
             raise ConfigError(
                 f"{source.path}: {part.component.kind} {part.component.spec.name!r} needs {', '.join(missing)}, which "
                 f"none of the chosen parts provides ({chosen}{'' if resolved.dataset else ', no task.dataset'})"
+                f"{''.join(hints)}"
             )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from rllava_core.errors import RewardError, RllavaError
+from rllava_core.errors import RewardError, RllavaError, describe
 from rllava_core.mdp.trajectory import Trajectory
 
 
@@ -61,19 +61,17 @@ def succeeded(trajectory: Trajectory, primary: str | None) -> bool:
 def _values(reward: WeightedReward, trajectories: Sequence[Trajectory]) -> list[float]:
     try:
         answer: object = reward.function(trajectories)
-        if not isinstance(answer, Iterable):
-            raise RewardError(
-                f"reward {reward.name!r} returned {answer!r} for {len(trajectories)} trajectories; it must return a "
-                "list of one number for each"
-            )
-        returned = list(answer)
-    except RllavaError:
-        raise
+        returned = list(answer) if isinstance(answer, Iterable) else None
+    except RllavaError as error:  # the reward's own message
+        raise type(error)(f"reward {reward.name!r}: {error}") from error
     except Exception as error:
         culprit = _find_culprit(reward, trajectories)
+        raise RewardError(f"reward {reward.name!r} {describe(error)}, {culprit}; nothing was trained on it") from error
+    if returned is None:
         raise RewardError(
-            f"reward {reward.name!r} raised {type(error).__name__}: {error} ({culprit}); nothing was trained on it"
-        ) from error
+            f"reward {reward.name!r} returned {answer!r} for {len(trajectories)} trajectories; it must return a "
+            "list of one number for each"
+        )
     if len(returned) != len(trajectories):
         first = f" (first: {_describe(trajectories[0])})" if trajectories else ""
         raise RewardError(

@@ -9,13 +9,15 @@ component where the finding is about one.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,7 @@ from rllava_core.plugins.discovery import CORE_DISTRIBUTION, Found, accepted_maj
 from rllava_core.plugins.isolation import RefusedError, isolated
 from rllava_core.plugins.loading import load_alone, load_plugins
 from rllava_core.plugins.records import Component, Plugin
+from rllava_core.specs import CAPABILITIES
 
 IMPORT_BUDGET = 0.2
 """Seconds that loading a plugin may take: with fifty of them installed, every command waits for all."""
@@ -60,10 +63,11 @@ def check(found: Found) -> list[Finding]:
         return [*findings, _finding("loading", "error", str(plugin.error))]
     findings.append(_finding("loading", "ok", f"implements {', '.join(plugin.hooks)}"))
     findings += _check_description(plugin)
-    findings += _check_names(plugin)
+    everyone = load_plugins(strict=False).plugins
+    findings += _check_names(plugin, everyone)
     for component in plugin.components:
         label = f"{component.kind} {component.spec.name}"
-        parts = [*_check_target(component), *_check_config(component)]
+        parts = [*_check_target(component), *_check_config(component), *_check_capabilities(component, everyone)]
         findings += [{"component": label, **finding} for finding in parts]
     return findings
 
@@ -137,8 +141,7 @@ def _check_description(plugin: Plugin) -> Iterator[Finding]:
             yield _finding("description", "warning", message)
 
 
-def _check_names(plugin: Plugin) -> Iterator[Finding]:
-    everyone = load_plugins(strict=False).plugins
+def _check_names(plugin: Plugin, everyone: Iterable[Plugin]) -> Iterator[Finding]:
     [loaded] = [
         other
         for other in everyone
@@ -151,19 +154,47 @@ def _check_names(plugin: Plugin) -> Iterator[Finding]:
 
 
 def _check_target(component: Component) -> Iterator[Finding]:
-    """The module that a spec names exists; it is not imported, only its parents are."""
-    module = component.spec.target.partition(":")[0]
-    name = "target"
+    """The module that a spec names exists and seems to define the name; it is not imported, only its parents are."""
+    module, _, attribute = component.spec.target.partition(":")
     try:
         with isolated(f"looking for {module!r}"):
             spec = importlib.util.find_spec(module)
+            names = None if spec is None else _names_in(spec.origin)
     except RefusedError as refusal:
-        yield _finding(name, "error", str(refusal))
+        yield _finding("target", "error", str(refusal))
         return
     if spec is None:
-        yield _finding(name, "error", f"there is no module {module!r}")
+        yield _finding("target", "error", f"there is no module {module!r}")
+    elif names is not None and attribute not in names:
+        close = get_close_matches(attribute, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield _finding("target", "error", f"module {module!r} defines no {attribute!r}{hint}")
     else:
-        yield _finding(name, "ok", component.spec.target)
+        yield _finding("target", "ok", component.spec.target)
+
+
+def _names_in(origin: str | None) -> set[str] | None:
+    """What a source file defines or imports; None where that cannot be told without running it."""
+    if origin is None or not origin.endswith(".py"):
+        return None
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(Path(origin).read_bytes())):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Name):
+            names.add(node.id)
+    return None if names & {"*", "__getattr__", "globals"} else names
+
+
+def _check_capabilities(component: Component, everyone: Iterable[Plugin]) -> Iterator[Finding]:
+    """What it needs is something that the core, or some installed component, has a name for."""
+    provided = {item for plugin in everyone for other in plugin.components for item in other.spec.provides}
+    for name in sorted(component.spec.needs - CAPABILITIES - provided):
+        close = get_close_matches(name, CAPABILITIES | provided, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the core knows {', '.join(sorted(CAPABILITIES))}"
+        yield _finding("needs", "warning", f"nothing that is installed provides {name!r}; {hint}")
 
 
 def _check_config(component: Component) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint
+from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -148,9 +149,9 @@ def _identity(distribution: Distribution, name: str, value: str) -> Plugin:
         title, version = canonicalize_name(distribution.metadata["Name"]), distribution.metadata["Version"]
     except Exception:  # noqa: BLE001 - isolating a plugin: what cannot be read is reported as unknown
         return Plugin(name, "unknown", "unknown", value, _directory(distribution))
-    return Plugin(
-        name, title, version or "unknown", value, _directory(distribution), editable=_is_editable(distribution)
-    )
+    source = _editable_source(distribution)
+    place = source or _directory(distribution)
+    return Plugin(name, title, version or "unknown", value, place, editable=source is not None)
 
 
 def _unreadable(distribution: Distribution, refusal: RefusedError) -> Found:
@@ -158,13 +159,13 @@ def _unreadable(distribution: Distribution, refusal: RefusedError) -> Found:
     return Found(replace(plugin, name=plugin.distribution), None, refusal)
 
 
-def _is_editable(distribution: Distribution) -> bool:
-    """As the file `direct_url.json` says (PEP 610)."""
+def _editable_source(distribution: Distribution) -> str | None:
+    """The source tree of an editable installation, as the file `direct_url.json` says (PEP 610); None for others."""
     try:
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-        return bool(origin["dir_info"]["editable"])
+        return unquote(urlsplit(origin["url"]).path) if origin["dir_info"]["editable"] else None
     except (ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _directory(distribution: Distribution) -> str:

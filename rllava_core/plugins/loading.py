@@ -115,12 +115,12 @@ def _register_alone(module: Any) -> pluggy.PluginManager:
     hooks = trial.get_hookcallers(module) or []
     try:
         trial.check_pending()
-    except pluggy.PluginValidationError as error:
+    except pluggy.PluginValidationError:
         pending = [hook for hook in hooks if not hook.has_spec() and not hook.get_hookimpls()[0].optionalhook]
         unknown = pending[0].name
         close = get_close_matches(unknown, HOOKS, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"hooks are {', '.join(HOOKS)}"
-        raise RefusedError(f"there is no hook {unknown!r}; {hint}") from error
+        raise RefusedError(f"there is no hook {unknown!r}; {hint}") from None
     marked = {hook.name for hook in hooks}
     for name in HOOKS:
         if name not in marked and callable(getattr(module, name, None)):

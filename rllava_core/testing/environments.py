@@ -170,7 +170,7 @@ class EnvironmentConformance(Conformance):
                 value = getattr(transition, name)
                 require(
                     isinstance(value, bool),
-                    f"gave {name}={shortened(value)} ({type(value).__name__}) after action {turn}; expected a bool",
+                    f"gave {name}={shortened(value)}, a {_kind(value)}, after action {turn}; expected True or False",
                 )
 
     def test_an_observation_follows_unless_the_episode_is_over(self) -> None:
@@ -196,8 +196,8 @@ class EnvironmentConformance(Conformance):
             success = transition.info.get("success", False)
             require(
                 isinstance(success, bool),
-                f"gave info['success']={shortened(success)} ({type(success).__name__}) after action {turn}; expected a "
-                "bool, for evaluation counts every true value as a success",
+                f"gave info['success']={shortened(success)}, a {_kind(success)}, after action {turn}; expected True "
+                "or False, for evaluation counts every true value as a success",
             )
 
     def test_choices_are_two_or_more_different_texts(self) -> None:
@@ -351,3 +351,9 @@ def _entries(entries: Any, kind: Any, what: str) -> Any:
 def _require_same(first: list[dict[str, object]], second: list[dict[str, object]], circumstances: str) -> None:
     problem = difference(first, second)
     require(problem is None, f"{problem}, where {circumstances}; seed, example and actions alone decide an episode")
+
+
+def _kind(value: object) -> str:
+    """`str`, `numpy.bool`: a type's name with its package, since NumPy's look like Python's."""
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

@@ -69,12 +69,12 @@ class RewardConformance(Conformance):
         require(callable(reward), f"{shortened(reward)} cannot be called; a reward has __call__(trajectories)")
 
     def test_every_trajectory_gets_one_finite_number(self) -> None:
-        _values(self.create(), self.trajectories())
+        self._values(self.create(), self.trajectories())
 
     def test_a_batch_of_one_gets_one_number(self) -> None:
         reward = self.create()
         for trajectory in self.trajectories():
-            _values(reward, [trajectory])
+            self._values(reward, [trajectory])
 
     def test_an_empty_batch_gets_no_number(self) -> None:
         answer = list(self.create()([]))
@@ -83,16 +83,16 @@ class RewardConformance(Conformance):
     def test_the_same_batch_gets_the_same_numbers_again(self) -> None:
         self._needs_determinism()
         reward, batch = self.create(), self.trajectories()
-        first, second = _values(reward, batch), _values(reward, batch)
+        first, second = self._values(reward, batch), self._values(reward, batch)
         _require_equal(batch, first, second, "first", "when called again", "set deterministic = False if it must vary")
 
     def test_the_numbers_follow_the_trajectories_when_the_batch_is_reordered(self) -> None:
         self._needs_determinism()
         batch = list(self.trajectories())
-        expected = _values(self.create(), batch)
+        expected = self._values(self.create(), batch)
         reward = self.create()
         for order in (range(len(batch))[::-1], [(number + 1) % len(batch) for number in range(len(batch))]):
-            values = dict(zip(order, _values(reward, [batch[number] for number in order]), strict=True))
+            values = dict(zip(order, self._values(reward, [batch[number] for number in order]), strict=True))
             found = [values[number] for number in range(len(batch))]
             hint = "return the numbers in the order of the trajectories, and let no number depend on a place"
             _require_equal(batch, expected, found, "in one order of the batch", "in another", hint)
@@ -138,18 +138,18 @@ class RewardConformance(Conformance):
     def test_a_cut_answer_gets_a_number(self) -> None:
         first = self.trajectories()[0]
         for answer in (first.answer, first.answer[:1]):
-            _values(self.create(), [samples.answering(first, answer, ended=False)])
+            self._values(self.create(), [samples.answering(first, answer, ended=False)])
 
     def test_a_chosen_answer_gets_a_number(self) -> None:
         first = self.trajectories()[0]
         for answer in (first.answer, "something else"):
             choices = (first.answer, "something else")
-            _values(self.create(), [samples.answering(first, answer, choices=choices)])
+            self._values(self.create(), [samples.answering(first, answer, choices=choices)])
 
     def test_an_episode_of_several_turns_gets_a_number(self) -> None:
         first = self.trajectories()[0]
         turns = replace(first, segments=first.segments * 3, rewards=first.rewards * 3)
-        _values(self.create(), [turns, first, samples.answering(turns, "")])
+        self._values(self.create(), [turns, first, samples.answering(turns, "")])
 
     def test_a_missing_right_answer_gets_a_number_or_an_error_that_explains_it(self) -> None:
         first = self.trajectories()[0]
@@ -168,7 +168,7 @@ class RewardConformance(Conformance):
                     f"{'is None' if trajectory.example is None else 'has the answer None'}; raise a RewardError that "
                     "says what is needed, or return a number"
                 ) from error
-            _values(reward, [trajectory])
+            self._values(reward, [trajectory])
 
     @opinionated
     def test_some_answers_get_another_number_than_others(self) -> None:
@@ -176,7 +176,7 @@ class RewardConformance(Conformance):
             raise SkipTest("discriminates is off")
         batch = list(self.trajectories())
         batch += [samples.answering(batch[0], samples.LONG), samples.answering(batch[0], batch[0].answer, ended=False)]
-        values = _values(self.create(), batch)
+        values = self._values(self.create(), batch)
         require(
             len(set(values)) > 1,
             f"gave {values[0]:g} to all {len(batch)} samples, right, wrong, empty, long and cut answers alike; such a "
@@ -188,19 +188,37 @@ class RewardConformance(Conformance):
         self._needs_determinism()
         batch = list(self.trajectories())
         one = self.create()
-        before = _values(one, batch)
+        before = self._values(one, batch)
         hint = "keep state in the object, not in its class or module"
-        _require_equal(batch, before, _values(self.create(), batch), "by one object", "by a second one", hint)
-        _values(self.create(), batch[:1])
-        _require_equal(batch, before, _values(one, batch), "first", "after another object was used", hint)
+        _require_equal(batch, before, self._values(self.create(), batch), "by one object", "by a second one", hint)
+        self._values(self.create(), batch[:1])
+        _require_equal(batch, before, self._values(one, batch), "first", "after another object was used", hint)
 
     def _score_answer(self, answer: str) -> None:
         batch = self.trajectories()
         # Alone and among others: a reward that compares answers takes another path.
         odd = samples.answering(batch[0], answer)
         reward = self.create()
-        _values(reward, [odd])
-        _values(reward, [*batch, odd])
+        self._values(reward, [odd])
+        self._values(reward, [*batch, odd])
+
+    def _values(self, reward: Reward, trajectories: Sequence[Trajectory]) -> list[float]:
+        """The numbers, by the same rules as in a run."""
+        name = type(reward).__name__
+        try:
+            scored = score(list(trajectories), [WeightedReward(name, 1.0, reward)])
+        except RllavaError as error:
+            # Samples that it cannot judge at all say nothing; if it refuses only some, a run will meet such too.
+            unsuited = _refuses(self.create(), self.trajectories())
+            raise (UnsuitedError if unsuited else ConformanceError)(str(error)) from error
+        values = [trajectory.scores[name] for trajectory in scored]
+        for trajectory, value in zip(trajectories, values, strict=True):
+            require(
+                abs(value) <= float(np.finfo(np.float32).max),
+                f"gave {value:g} to answer {shortened(trajectory.answer)}, which is infinite in float32, in which "
+                "training computes; keep rewards near 1",
+            )
+        return values
 
     def _needs_determinism(self) -> None:
         if not self.deterministic:
@@ -217,30 +235,15 @@ def check_reward(create: Callable[[], Reward]) -> None:
     raise_failures(run(Unregistered()))
 
 
-def _values(reward: Reward, trajectories: Sequence[Trajectory]) -> list[float]:
-    """The numbers, by the same rules as in a run."""
-    name = type(reward).__name__
-    refusals: list[RllavaError] = []
-
-    def watched(batch: Sequence[Trajectory], /) -> Sequence[float]:
-        try:
-            return reward(batch)
-        except RllavaError as error:
-            refusals.append(error)
-            raise
-
+def _refuses(reward: Reward, trajectories: Sequence[Trajectory]) -> bool:
+    """Whether the reward says, with an error of its own, that it cannot judge them."""
     try:
-        scored = score(list(trajectories), [WeightedReward(name, 1.0, watched)])
-    except RllavaError as error:
-        raise (UnsuitedError if error in refusals else ConformanceError)(str(error)) from error
-    values = [trajectory.scores[name] for trajectory in scored]
-    for trajectory, value in zip(trajectories, values, strict=True):
-        require(
-            abs(value) <= float(np.finfo(np.float32).max),
-            f"gave {value:g} to answer {shortened(trajectory.answer)}, which is infinite in float32, in which training "
-            "computes; keep rewards near 1",
-        )
-    return values
+        reward(trajectories)
+    except RllavaError:
+        return True
+    except Exception:  # noqa: BLE001 - the checks report what it is
+        return False
+    return False
 
 
 def _parts(trajectory: Trajectory) -> dict[str, object]:

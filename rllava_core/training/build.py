@@ -69,9 +69,8 @@ def build_task(resolved: ResolvedConfig) -> Task:
         WeightedReward(section.reported_as, section.weight, part.create())
         for section, part in zip(run.task.rewards, resolved.rewards, strict=True)
     )
-    environment = resolved.environment.component.load_target()
     return Task(
-        lambda: cast(Environment, environment(resolved.environment.config, run.task)),
+        lambda: cast(Environment, resolved.environment.create(run.task)),
         examples,
         rewards,
         run.task.max_new_tokens,

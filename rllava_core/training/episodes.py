@@ -8,18 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from rllava_core.engines.protocol import RolloutEngine
-from rllava_core.errors import DataError, RllavaError, TrainingError
+from rllava_core.errors import DataError, RllavaError, TrainingError, describe
 from rllava_core.mdp.environment import Environment
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.messages import Action, ImagePart, Observation
+from rllava_core.mdp.messages import Action, ImagePart, Observation, Transition
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.sampling import Request
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class Episodes:
         if not np.isfinite(action.logprobs).all():
             raise TrainingError(f"{start.name}: the policy's log-probs are not finite, so its weights are damaged")
         with _playing(start):
-            transition = environment.step(Action(action.text, action.choice, action.ended))
+            action_taken = Action(action.text, action.choice, action.ended)
+            transition = _expect(Transition, environment.step(action_taken), "step")
         if not transition.done:
             raise TrainingError(f"{start.name}: the environment goes on after one turn; episodes have one turn so far")
         return Trajectory(
@@ -166,7 +170,16 @@ class Episodes:
 
 def _reset(environment: Environment, start: Start) -> Observation:
     with _playing(start):
-        return environment.reset(seed=start.seed, example=start.example)
+        return _expect(Observation, environment.reset(seed=start.seed, example=start.example), "reset")
+
+
+def _expect(expected: type[T], returned: T, method: str) -> T:
+    """What a plugin's environment returned, if it is what the contract says."""
+    if not isinstance(returned, expected):
+        raise TrainingError(
+            f"the environment's {method}() returned a {type(returned).__name__}; expected a {expected.__name__}"
+        )
+    return returned
 
 
 @contextmanager
@@ -174,7 +187,9 @@ def _playing(start: Start) -> Iterator[None]:
     """What an environment's code raises becomes an error that names the episode."""
     try:
         yield
+    except TrainingError as error:
+        raise TrainingError(f"{start.name}: {error}") from error
     except RllavaError:
         raise
     except Exception as error:
-        raise TrainingError(f"{start.name}: the environment raised {type(error).__name__}: {error}") from error
+        raise TrainingError(f"{start.name}: the environment {describe(error)}") from error

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from rllava_core.config import RunConfig
+from rllava_core.errors import describe
 from rllava_core.plugins import Implementation
-from rllava_core.plugins.isolation import what_happened
 
 
 class Lifecycle:
@@ -55,10 +54,7 @@ class Lifecycle:
     def _detach(self, implementation: Implementation, error: BaseException) -> None:
         owner = (implementation.plugin, implementation.distribution)
         self._implementations = [item for item in self._implementations if (item.plugin, item.distribution) != owner]
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        what = (
-            f"plugin {implementation.plugin!r} of {implementation.distribution}: {implementation.hook}() "
-            f"{what_happened(error)} ({Path(frame.filename).name}:{frame.lineno})"
-        )
+        owned = f"plugin {implementation.plugin!r} of {implementation.distribution}: {implementation.hook}()"
+        what = f"{owned} {describe(error)}"
         self.detached.append(what)
         self._warn(f"{what}; it is detached and the run goes on")

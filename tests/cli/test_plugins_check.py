@@ -117,6 +117,19 @@ def test_in_words(run_rllava: Run, plugin: Any) -> None:
         ({"source": GOOD.replace(INFO, "")}, "description", "warning", "rllava_plugin_info"),
         ({"source": GOOD.replace("parts:Reward", "part:Reward")}, "target of reward example", "error", "example_part'"),
         ({"source": GOOD.replace("parts:Config", "parts:Conf")}, "config of reward example", "error", "AttributeError"),
+        (
+            {"parts": PARTS.replace("class Reward", "class Rewart")},
+            "target of reward example",
+            "error",
+            "defines no 'Reward'; did you mean 'Rewart'?",
+        ),
+        ({"parts": "def (:\n"}, "target of reward example", "error", "SyntaxError"),
+        (
+            {"source": GOOD.replace("summary='Does", "needs={'logprob'}, summary='Does")},
+            "needs of reward example",
+            "warning",
+            "nothing that is installed provides 'logprob'; did you mean 'logprobs'?",
+        ),
         ({"parts": "import torch\n" + PARTS}, "config of reward example", "error", "imports torch"),
         ({"parts": PARTS.replace("(Options)", "")}, "config of reward example", "error", "no pydantic model"),
         (
@@ -147,7 +160,6 @@ def test_what_is_wrong_is_found_and_named(
 @pytest.mark.parametrize(
     ("parts", "check", "words"),
     [
-        (PARTS.replace("class Reward", "class Rewart"), "the target can be imported", "'Reward'"),
         (
             PARTS.replace("for item in trajectories]", "for item in trajectories[1:]]"),
             "every trajectory gets one finite",
@@ -185,7 +197,7 @@ def test_components_of_a_plugin_that_cannot_be_loaded_are_not_looked_for(run_rll
     result = run_rllava("plugins", "check", "example", "--deep")
 
     assert result.exit_code == 1
-    assert result.stdout.endswith("  skipped: 1 check: the plugin cannot be loaded\n")
+    assert result.stdout.endswith("  skipped: 1 check (components): the plugin cannot be loaded\n")
 
 
 def test_a_name_that_two_plugins_use_is_an_error_of_both(run_rllava: Run, plugin: Any) -> None:

@@ -155,7 +155,7 @@ def test_a_prompt_that_names_no_field_is_named(refused: Refused) -> None:
 
 
 BROKEN = {
-    "raises": r"reward 'broken' raised KeyError: 'nothing here' (on example colours:",
+    "raises": r"reward 'broken' raised KeyError: 'nothing here' (task.py:61), on example colours:",
     "nan": r"reward 'broken' returned nan for example colours:",
     "short": r"reward 'broken' returned 15 values for 16 trajectories (first: example colours:",
     "text": r"reward 'broken' returned 'good' for example colours:",

@@ -275,3 +275,20 @@ def test_everything_that_is_missing_is_named_at_once(refusal: Refusal) -> None:
     assert "no algorithm 'nowhere' is installed (installed: " in lines[1]
     assert "toy_critic" in lines[1]
     assert lines[1].endswith("Try: pip install rllava-nowhere")
+
+
+def test_a_capability_that_is_misspelt_in_a_plugin_is_recognised(fake_distribution: Any, toy_config: Path) -> None:
+    source = (
+        "from rllava_core import ComponentSpec, hookimpl\n@hookimpl\ndef rllava_algorithms():\n"
+        "    return [ComponentSpec(name='odd', target='rllava_toy.algorithm:ToyGradient',\n"
+        "                          config='rllava_toy.config:ToyGradientConfig', needs={'logprob'})]\n"
+    )
+    fake_distribution("rllava-odd", "1.0", source)
+
+    with pytest.raises(ConfigError, match=r"needs logprob, which none .*; did you mean 'logprobs'\?"):
+        load(toy_config, ["algorithm.name=odd"], load_plugins())
+
+
+def test_a_value_that_the_shell_has_split_is_recognised(toy_config: Path) -> None:
+    with pytest.raises(ConfigError, match="if it holds spaces, put the whole override in quotes"):
+        load(toy_config, ["task.rewards=[{name:"], load_plugins())

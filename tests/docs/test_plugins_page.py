@@ -52,7 +52,7 @@ class Reader:
 
     def _run(self, command: list[str]) -> str:
         if command[:3] == ["pip", "install", "-e"]:
-            self._install(self.folder / command[3])
+            self._install(self.folder / command[3].removesuffix("[test]"))
             return ""
         if command[0] == "rllava":
             small = ["training.steps=2", "training.prompts_per_step=2", "training.eval_episodes=4"]

@@ -100,9 +100,9 @@ def test_a_reward_that_raises_only_on_the_batch_says_so() -> None:
         score([episode(), episode()], [reward(fails)])
 
 
-def test_an_error_of_our_own_family_is_passed_on() -> None:
+def test_a_reward_s_own_message_is_passed_on_with_its_name() -> None:
     def fails(trajectories: Sequence[Trajectory]) -> list[float]:
-        raise RewardError("reward 'mine': the judge does not answer")
+        raise RewardError("the judge does not answer")
 
     with pytest.raises(RewardError, match=r"^reward 'mine': the judge does not answer$"):
         score([episode()], [reward(fails)])

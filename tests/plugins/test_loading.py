@@ -242,6 +242,7 @@ def test_an_editable_installation_is_known_as_one(fake_distribution: Any) -> Non
         info.joinpath("direct_url.json").write_text(origin)
 
     assert [plugin_named(name).editable for name in "abc"] == [True, False, False]
+    assert plugin_named("a").location == "/a"
 
 
 def test_hooks_of_a_broken_plugin_are_not_called(fake_distribution: Any) -> None:

@@ -76,6 +76,12 @@ CASES = {
         "",
         "loading its target 'rllava_bad.nowhere:X' raised Module",
     ),
+    "a class that cannot be made from its config": Case(
+        rewards("bad", target="rllava_bad:Bad") + "\nclass Bad:\n    def __init__(self):\n        pass\n",
+        "ok",
+        "",
+        "reward 'rllava-bad/bad': making 'Bad' from its config raised TypeError",
+    ),
     "a duplicate name": Case(
         rewards("bad"),
         "conflict",

@@ -287,13 +287,15 @@ MUTANTS: dict[str, list[tuple[Any, str]]] = {
         (PaysNothingAtAll, "the reward None"),
         (DividesByZero, "the reward nan"),
     ],
-    "terminated_and_truncated_are_true_or_false": [(AnswersInNumpy, "(bool) after action 1; expected a bool")],
+    "terminated_and_truncated_are_true_or_false": [
+        (AnswersInNumpy, "a numpy.bool, after action 1; expected True or False")
+    ],
     "an_observation_follows_unless_the_episode_is_over": [
         (ShowsOneMore, "an observation came after action 3, with terminated=True"),
         (ShowsNothingMore, "no observation came after action 1, with terminated=False"),
     ],
     "info_is_a_mapping_from_names": [(NumbersItsInfo, "info={0: 'turn'}")],
-    "success_is_true_or_false": [(SucceedsInWords, "info['success']='no' (str)")],
+    "success_is_true_or_false": [(SucceedsInWords, "info['success']='no', a str")],
     "choices_are_two_or_more_different_texts": [
         (RepeatsAChoice, "the choices are ('dark', 'bright', 'dark')"),
         (LeavesOneChoice, "the choices are ('dark',)"),

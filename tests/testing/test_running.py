@@ -55,6 +55,9 @@ class Everything(Conformance):
         require(False, "who knows")
 
 
+LINE_OF_THE_CRASH = Everything.test_that_crashes.__code__.co_firstlineno + 1
+
+
 def own(outcomes: list[Outcome]) -> list[Outcome]:
     common = {name.removeprefix("test_") for name in checks_of(Conformance)}
     return [outcome for outcome in outcomes if outcome.check not in common]
@@ -65,8 +68,8 @@ def test_every_outcome_is_reported_and_none_is_raised() -> None:
         Outcome("that_passes", "passed"),
         Outcome("that_fails", "failed", "it is so"),
         Outcome("that_does_not_apply", "skipped", "not here"),
-        Outcome("that_crashes", "failed", "raised KeyError: 'oops'"),
-        Outcome("that_exits", "failed", "raised SystemExit: 3"),
+        Outcome("that_crashes", "failed", f"raised KeyError: 'oops' (test_running.py:{LINE_OF_THE_CRASH})"),
+        Outcome("that_exits", "failed", f"called sys.exit(3) (test_running.py:{LINE_OF_THE_CRASH + 3})"),
         Outcome("without_data", "failed", "the samples do not suit it: no such file"),
         Outcome("that_takes_long", "passed"),
         Outcome("that_needs_its_author", "failed", "who knows"),
@@ -76,9 +79,7 @@ def test_every_outcome_is_reported_and_none_is_raised() -> None:
 def test_a_quick_run_leaves_out_what_is_slow_or_needs_the_author_and_forgives_missing_data() -> None:
     outcomes = {outcome.check: outcome.status for outcome in own(run(Everything(), quick=True))}
 
-    assert "that_takes_long" not in outcomes
-    assert "that_needs_its_author" not in outcomes
-    assert outcomes["without_data"] == "skipped"
+    assert outcomes["that_takes_long"] == outcomes["that_needs_its_author"] == outcomes["without_data"] == "skipped"
     assert outcomes["that_fails"] == outcomes["that_crashes"] == "failed"
 
 
@@ -93,7 +94,8 @@ def test_failures_are_raised_together() -> None:
     with pytest.raises(ConformanceError) as caught:
         raise_failures(run(Everything()))
 
-    assert str(caught.value).splitlines()[:2] == ["that fails: it is so", "that crashes: raised KeyError: 'oops'"]
+    assert str(caught.value).splitlines()[0] == "that fails: it is so"
+    assert str(caught.value).splitlines()[1].startswith("that crashes: raised KeyError: 'oops'")
     raise_failures([Outcome("fine", "passed"), Outcome("absent", "skipped", "no")])
 
 
@@ -107,6 +109,26 @@ class Chooser:
 class Crasher:
     def __call__(self, trajectories: Sequence[Trajectory], /) -> list[float]:
         raise KeyError("boxes")
+
+
+class Comparer:
+    """Judges groups of two or more: in an evaluation there are none."""
+
+    def __call__(self, trajectories: Sequence[Trajectory], /) -> list[float]:
+        if len(trajectories) < 2:
+            raise RewardError("needs groups of two")
+        return [float(len(trajectory.answer)) for trajectory in trajectories]
+
+
+def test_a_reward_that_refuses_only_some_samples_is_found_wrong_by_the_quick_checks_too() -> None:
+    class Suite(RewardConformance):
+        def create(self) -> object:
+            return Comparer()
+
+    outcomes = {outcome.check: outcome for outcome in run(Suite(), quick=True)}
+
+    assert outcomes["a_batch_of_one_gets_one_number"].status == "failed"
+    assert "needs groups of two" in outcomes["a_batch_of_one_gets_one_number"].message
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -135,7 +136,8 @@ def test_an_environment_that_raises_is_named_with_its_episode(build_toy: Build, 
     with pytest.raises(TrainingError) as caught:
         player.play(starts(2), 2, seed=0)
 
-    assert str(caught.value) == "episode with seed 10: the environment raised ZeroDivisionError: oh"
+    message = r"episode with seed 10: the environment raised ZeroDivisionError: oh \(test_episodes\.py:\d+\)"
+    assert re.fullmatch(message, str(caught.value))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -191,3 +193,18 @@ def test_a_demonstration_needs_an_answer_among_the_choices(build_toy: Build) -> 
         player.demonstrate([example("pink")])
     with pytest.raises(DataError, match=r"^episode with seed 3: has no answer"):
         episodes(build_toy(), Scripted).demonstrate([Start(None, 3)])
+
+
+@pytest.mark.parametrize(("method", "expected"), [("reset", "Observation"), ("step", "Transition")])
+def test_an_environment_that_returns_something_else_is_told_what_is_expected(
+    build_toy: Build, method: str, expected: str
+) -> None:
+    environment: Any = Scripted(("a", "b"), Transition(0.0, None, terminated=True))
+    setattr(environment, method, lambda *_, **__: Message.user("hello"))
+
+    with pytest.raises(TrainingError) as caught:
+        episodes(build_toy(), lambda: environment).play(starts(1), 1, seed=0)
+
+    assert str(caught.value) == (
+        f"episode with seed 10: the environment's {method}() returned a Message; expected a {expected}"
+    )
