@@ -99,7 +99,8 @@ def _run(module: str, plugin: Plugin, timeout: int) -> list[Finding]:
     environment = {key: value for key, value in os.environ.items() if key not in (ALLOW, DISABLE, STRICT)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "findings.json"
-        command = [sys.executable, "-m", module, str(output), plugin.distribution, plugin.name]
+        # -P: the current folder is not on the path of the command `rllava` either.
+        command = [sys.executable, "-P", "-m", module, str(output), plugin.distribution, plugin.name]
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=timeout, check=False, env=environment

@@ -200,6 +200,15 @@ def test_components_of_a_plugin_that_cannot_be_loaded_are_not_looked_for(run_rll
     assert result.stdout.endswith("  skipped: 1 check (components): the plugin cannot be loaded\n")
 
 
+def test_modules_in_the_current_folder_are_not_taken_for_the_plugins(
+    run_rllava: Run, plugin: Any, tmp_path: Path
+) -> None:
+    plugin()
+    tmp_path.joinpath("rllava_example.py").write_text("1 / 0")
+
+    assert run_rllava("plugins", "check", "example").exit_code == 0
+
+
 def test_a_name_that_two_plugins_use_is_an_error_of_both(run_rllava: Run, plugin: Any) -> None:
     plugin()
     plugin(name="vendor-other")
