@@ -56,6 +56,22 @@ def describe(error: BaseException) -> str:
     """What somebody else's code did, and where: `raised KeyError: 'x' (reward.py:12)`, `called sys.exit(3) (…)`."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return what_happened(error) + place
+
+
+def what_happened(error: BaseException) -> str:
+    """`raised KeyError: …` or `called sys.exit(…)`, in one line that can be printed whatever the error holds."""
     if isinstance(error, SystemExit):
-        return f"called sys.exit({error.code!r}){place}"
-    return " ".join(f"raised {type(error).__name__}: {error}".split()) + place
+        return printable(f"called sys.exit({error.code!r})")
+    try:
+        said = str(error)
+    except Exception:  # noqa: BLE001 - somebody else's __str__; that the error was raised is what counts
+        said = "(its message cannot be shown)"
+    return printable(f"raised {type(error).__name__}: {said}")
+
+
+def printable(text: str) -> str:
+    """One line of valid UTF-8 without control characters: half surrogate pairs and the like are escaped."""
+    line = " ".join(text.split())
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in line)
+    return escaped.encode("utf-8", "backslashreplace").decode()

@@ -65,9 +65,12 @@ class ComponentSpec:
                 raise ValueError(f"{role} {value!r} of component {self.name!r}: expected 'package.module:Class'")
         for role in ("provides", "needs"):
             value = getattr(self, role)
-            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            items = frozenset() if isinstance(value, str) else frozenset(value)
+            if isinstance(value, str) or not all(isinstance(item, str) for item in items):
                 raise ValueError(f"{role} of component {self.name!r}: expected a set of strings, got {value!r}")
-            object.__setattr__(self, role, frozenset(value))
+            object.__setattr__(self, role, items)
+        if not isinstance(self.summary, str):
+            raise ValueError(f"summary of component {self.name!r}: expected text, got {self.summary!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +79,8 @@ class PluginInfo:
 
     summary: str = ""
     homepage: str = ""
+
+    def __post_init__(self) -> None:
+        for role in ("summary", "homepage"):
+            if not isinstance(getattr(self, role), str):
+                raise ValueError(f"{role} of the plugin: expected text, got {getattr(self, role)!r}")

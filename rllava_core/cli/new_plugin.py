@@ -20,6 +20,9 @@ from rllava_core.errors import ConfigError
 from rllava_core.plugins import KIND_HOOKS, core_version, load_plugins
 from rllava_core.specs import HOOK_API, KINDS, Kind
 
+LONGEST_NAME = 60
+"""Leaves room for what is put around it in the names of files."""
+
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 
 
@@ -173,10 +176,10 @@ def _read(folder: str, path: str) -> str:
 
 
 def _check_name(name: str, component: str, kind: Kind) -> None:
-    if not _NAME.fullmatch(component):
+    if not _NAME.fullmatch(component) or len(component) > LONGEST_NAME:
         raise ConfigError(
             f"{name!r} is no name for a plugin: use lower-case letters, digits, '-' and '_', beginning with a letter, "
-            "such as 'short-answers'"
+            f"such as 'short-answers', and at most {LONGEST_NAME} characters"
         )
     if component == "core":
         raise ConfigError("'rllava-core' is the core itself: choose another name")
@@ -202,7 +205,7 @@ def _check_classes(name: str, contents: dict[str, str]) -> None:
         if imported & defined:
             clash = sorted(imported & defined)[0]
             raise ConfigError(
-                f"{name!r} is no name for this plugin: its class {clash!r} would hide that of rllava_core"
+                f"{name!r} is no name for this plugin: its class {clash!r} would hide one that it imports"
             )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
+from typing import IO
 
 import click
 
@@ -49,15 +51,26 @@ def plugins(ctx: click.Context, as_json: bool, kind: Kind | None, no_load: bool)
         return
     if kind and no_load:
         raise click.UsageError("--kind needs the plugins loaded: what they provide is not in their metadata")
+    output = _reserved_stdout() if as_json else None
     registry = load_plugins(strict=False, load=not no_load)
     if as_json:
         import json
 
-        click.echo(json.dumps(listing(registry, kind), indent=2))
+        click.echo(json.dumps(listing(registry, kind), indent=2), file=output)
     else:
         _print_table(registry, kind)
     if Selection.from_environment().strict:
         raise_problems(registry)
+
+
+def _reserved_stdout() -> IO[str]:
+    """Standard output for this command alone: what plugins, or what they start, write to it goes to stderr."""
+    if sys.__stdout__ is None or sys.stdout is not sys.__stdout__:  # replaced by somebody who has it to themselves
+        return sys.stdout
+    sys.stdout.flush()
+    private = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return private
 
 
 def _print_table(registry: Registry, kind: Kind | None) -> None:

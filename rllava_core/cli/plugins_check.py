@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from rllava_core.cli.plugins import names_of, unknown
+from rllava_core.errors import printable
 from rllava_core.plugins import Plugin, core_version, load_plugins
 from rllava_core.plugins.selection import ALLOW, DISABLE, STRICT, is_called
 from rllava_core.specs import HOOK_API
@@ -98,19 +99,20 @@ def _run(module: str, plugin: Plugin, timeout: int) -> list[Finding]:
     # The plugin is checked by name, whatever the environment would have loaded.
     environment = {key: value for key, value in os.environ.items() if key not in (ALLOW, DISABLE, STRICT)}
     with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "findings.json"
+        output, printed = Path(directory) / "findings.json", Path(directory) / "printed.txt"
         # -P: the current folder is not on the path of the command `rllava` either.
-        command = [sys.executable, "-P", "-m", module, str(output), plugin.distribution, plugin.name]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
-            )
-        except subprocess.TimeoutExpired:
-            return [{"check": "loading", "level": "error", "message": f"it did not end within {timeout} s"}]
+        command = [sys.executable, "-P", "-m", module, str(output), *plugin.identity]
+        # A file and no pipe: a process that the plugin leaves behind would hold a pipe open.
+        with printed.open("wb") as file:
+            try:
+                done = subprocess.run(command, stdout=file, stderr=file, timeout=timeout, check=False, env=environment)
+            except subprocess.TimeoutExpired:
+                return [{"check": "loading", "level": "error", "message": f"it did not end within {timeout} s"}]
         if done.returncode == 0 and output.is_file():
             findings: list[Finding] = json.loads(output.read_text(encoding="utf-8"))
             return findings
-    last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        lines = printed.read_text(encoding="utf-8", errors="replace").split("\n")
+    last = next((printable(line) for line in reversed(lines) if line.strip()), "it said nothing")
     message = f"the process that loads it ended with code {done.returncode}: {last}"
     return [{"check": "loading", "level": "error", "message": message}]
 

@@ -124,6 +124,9 @@ def _options(component: Component) -> Iterator[str]:
 
     from rllava_core.config.describing import keys_of
 
+    if not hasattr(model, "model_fields"):
+        yield f"  its options cannot be shown: its config {component.spec.config!r} is no pydantic model"
+        return
     table = Table()
     for heading in ("option", "type", "default", "meaning"):
         table.add_column(heading, overflow="fold")

@@ -13,8 +13,8 @@ from rllava_core.config.problems import Source, describe, did_you_mean
 from rllava_core.config.reading import apply_overrides, read_yaml
 from rllava_core.config.sections import ComponentSection, ModelSection, Options, RewardSection, RunConfig
 from rllava_core.errors import ConfigError, PluginError, RllavaError
+from rllava_core.errors import describe as describe_error
 from rllava_core.plugins import Component, Registry
-from rllava_core.plugins.isolation import what_happened
 from rllava_core.specs import CAPABILITIES, Kind
 
 
@@ -34,9 +34,8 @@ class Resolved:
             raise
         except Exception as error:
             made = f"{self.component.kind} {self.component.qualified_name!r}"
-            raise PluginError(
-                f"{made}: making {target.__qualname__!r} from its config {what_happened(error)}"
-            ) from error
+            what = f"making {target.__qualname__!r} from its config {describe_error(error)}"
+            raise PluginError(f"{made}: {what}") from error
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,8 @@ def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConf
         try:
             component = registry.find(kind, name, role)
             model = component.load_config() or NoOptions
+            if not (isinstance(model, type) and issubclass(model, BaseModel)):
+                raise PluginError(f"{component.qualified_name!r}: its config {model!r} is no pydantic model")
             return Resolved(component, model.model_validate(options))
         except PluginError as error:
             chosen = (*key, "adapter" if kind == "model" else "name")
@@ -97,6 +98,12 @@ def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConf
         except ValidationError as error:
             owner = f" of {kind} {name!r}"
             problems.append(ConfigError(describe(error, model, key, source, owner, section)))
+        except Exception as error:  # noqa: BLE001 - a plugin's validator: reported with the others
+            owner = f"{kind} {component.qualified_name!r}"
+            problem = f"{source.of(key)}: {'.'.join(key)}: {owner}: its config {describe_error(error)}"
+            named = PluginError(problem)
+            named.__cause__ = error
+            problems.append(named)
         return None
 
     task, engine = run.task, run.engine

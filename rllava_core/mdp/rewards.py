@@ -64,7 +64,7 @@ def _values(reward: WeightedReward, trajectories: Sequence[Trajectory]) -> list[
         returned = list(answer) if isinstance(answer, Iterable) else None
     except RllavaError as error:  # the reward's own message
         raise type(error)(f"reward {reward.name!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         culprit = _find_culprit(reward, trajectories)
         raise RewardError(f"reward {reward.name!r} {describe(error)}, {culprit}; nothing was trained on it") from error
     if returned is None:
@@ -101,7 +101,7 @@ def _find_culprit(reward: WeightedReward, trajectories: Sequence[Trajectory]) ->
     for trajectory in trajectories:
         try:
             list(reward.function([trajectory]))
-        except Exception:  # noqa: BLE001 - looking for it; the caller raises the original error
+        except (Exception, SystemExit):  # noqa: BLE001 - looking for it; the caller raises the original error
             return f"on {_describe(trajectory)}"
     return f"on a batch of {len(trajectories)}, but on none of them alone"
 

@@ -1,6 +1,6 @@
 """Whether one plugin keeps the contract, in a process that imports nothing else.
 
-    python -m rllava_core.plugins.checking OUTPUT DISTRIBUTION PLUGIN
+    python -m rllava_core.plugins.checking OUTPUT DISTRIBUTION PLUGIN ENTRY_POINT
 
 `rllava plugins check` starts it, so that what the plugin imports, prints and takes is the plugin's own. Writes the
 findings to the file OUTPUT as JSON: a list of objects with check, level (ok, warning, error or skipped), message, and
@@ -142,11 +142,7 @@ def _check_description(plugin: Plugin) -> Iterator[Finding]:
 
 
 def _check_names(plugin: Plugin, everyone: Iterable[Plugin]) -> Iterator[Finding]:
-    [loaded] = [
-        other
-        for other in everyone
-        if (other.name, other.distribution, other.entry_point) == (plugin.name, plugin.distribution, plugin.entry_point)
-    ]
+    loaded = next(other for other in everyone if other.identity == plugin.identity)
     if loaded.status == "conflict":
         yield _finding("names", "error", str(loaded.error))
     else:
@@ -230,9 +226,10 @@ def _finding(name: str, level: Level, message: str) -> Finding:
     return {"check": name, "level": level, "message": message}
 
 
-def main(output: str, distribution: str, name: str) -> None:
+def main(output: str, distribution: str, name: str, entry_point: str) -> None:
     """Check one plugin and write the findings."""
-    [found] = [item for item in discover() if (item.plugin.distribution, item.plugin.name) == (distribution, name)]
+    wanted = (distribution, name, entry_point)
+    found = next(item for item in discover() if item.plugin.identity == wanted)
     Path(output).write_text(json.dumps(check(found)), encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -10,7 +11,7 @@ from importlib.metadata import Distribution, EntryPoint
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.specifiers import Specifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
@@ -19,6 +20,9 @@ from rllava_core.plugins.records import Plugin
 from rllava_core.specs import ENTRY_POINT_GROUP, HOOK_API
 
 CORE_DISTRIBUTION = "rllava-core"
+
+_HEADER = re.compile(rf"^\ufeff?\s*\[\s*{ENTRY_POINT_GROUP}\s*\]", re.MULTILINE)
+_PLUGIN_NAME = re.compile(r"[^\s,/=]+")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def discover() -> list[Found]:
     for distribution in metadata.distributions():
         try:
             with isolated("reading its entry points"):
-                if f"[{ENTRY_POINT_GROUP}]" in (distribution.read_text("entry_points.txt") or ""):
+                if _HEADER.search(distribution.read_text("entry_points.txt") or ""):
                     installed.setdefault(canonicalize_name(distribution.name), []).append(distribution)
         except RefusedError as refusal:
             found.append(_unreadable(distribution, refusal))
@@ -72,6 +76,11 @@ def describe(entry_point: EntryPoint) -> Found:
         package = canonicalize_name(re.split(r"[.:]", entry_point.value, maxsplit=1)[0])
         return Found(Plugin(entry_point.name, package, "unknown", entry_point.value, "unknown"), entry_point)
     plugin = _identity(distribution, entry_point.name, entry_point.value)
+    if not _PLUGIN_NAME.fullmatch(plugin.name):
+        refusal = RefusedError(
+            f"its name {plugin.name!r} cannot be written in a list: use no spaces, commas or slashes"
+        )
+        return Found(plugin, entry_point, refusal)
     try:
         with isolated("reading its requirements"):
             required = requirement_on_core(distribution)
@@ -120,12 +129,22 @@ def _check_compatible(required: SpecifierSet | None) -> None:
     if required is None:
         return
     running = core_version()
-    # A pre-release of 1.0 implements the contract of 1.0, so a plugin for '>=1,<2' can be tried with it.
-    versions = {running, Version(running).base_version} if running else {HOOK_API}
-    if not any(required.contains(version, prereleases=True) for version in versions):
+    if not all(_accepts(specifier, running or HOOK_API) for specifier in required):
         installed = f"{CORE_DISTRIBUTION} {running}" if running else f"hook API {HOOK_API}"
         wanted = ",".join(sorted(map(str, required), reverse=True))  # '>=1' before '<2', as people write it
         raise RefusedError(f"it requires {CORE_DISTRIBUTION}{wanted}, installed is {installed}", "incompatible")
+
+
+def _accepts(specifier: Specifier, running: str) -> bool:
+    """Whether one clause of a requirement accepts the running version.
+
+    A pre-release of 1.0 implements the contract of 1.0, so `>=1` accepts it; a clause that speaks of pre-releases
+    itself, or excludes a version, is taken at its word.
+    """
+    if specifier.contains(running, prereleases=True):
+        return True
+    literal = specifier.operator in ("!=", "===") or Version(specifier.version.removesuffix(".*")).is_prerelease
+    return not literal and specifier.contains(Version(running).base_version)
 
 
 def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found]:
@@ -141,6 +160,9 @@ def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found
     for entry_point in chosen.entry_points.select(group=ENTRY_POINT_GROUP):
         described = describe(entry_point)
         found.append(replace(described, plugin=replace(described.plugin, shadowed=tuple(others)), alike=same))
+    if not found and _HEADER.search(chosen.read_text("entry_points.txt") or ""):
+        odd = f"its entry_points.txt has entries of {ENTRY_POINT_GROUP!r} that Python does not read as such"
+        return [_unreadable(chosen, RefusedError(odd))]
     return found
 
 
@@ -169,7 +191,7 @@ def _editable_source(distribution: Distribution) -> str | None:
 
 
 def _directory(distribution: Distribution) -> str:
-    return str(distribution.locate_file(""))
+    return os.path.realpath(str(distribution.locate_file("")))
 
 
 def _where(distribution: Distribution) -> str:

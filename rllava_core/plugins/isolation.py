@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
+
+from rllava_core.errors import what_happened
 
 
 class RefusedError(Exception):
@@ -18,6 +21,19 @@ class RefusedError(Exception):
 
 
 @contextmanager
+def contained() -> Iterator[None]:
+    """Keep what a plugin's code does to the process from the command that runs: its output, and where it is."""
+    before = os.getcwd()
+    try:
+        # Standard output belongs to the command, which may be writing JSON.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if os.getcwd() != before:
+            os.chdir(before)
+
+
+@contextmanager
 def isolated(action: str) -> Iterator[None]:
     """Turn what a plugin raises, `sys.exit` included, into a RefusedError; what it prints goes to stderr.
 
@@ -25,17 +41,9 @@ def isolated(action: str) -> Iterator[None]:
     exceptions that are no `Exception`.
     """
     try:
-        # Standard output belongs to the command that is running, which may be writing JSON.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contained():
             yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RefusedError):
         raise
     except BaseException as error:
         raise RefusedError(f"{action} {what_happened(error)}") from error
-
-
-def what_happened(error: BaseException) -> str:
-    """`raised KeyError: …` or `called sys.exit(…)`, in one line."""
-    if isinstance(error, SystemExit):
-        return f"called sys.exit({error.code!r})"
-    return " ".join(f"raised {type(error).__name__}: {error}".split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import traceback as tracebacks
 from collections.abc import Iterable, Iterator
@@ -89,13 +90,16 @@ def _load(item: Found, load: bool) -> tuple[Plugin, Hooks, object]:
         began = time.perf_counter()
         with isolated(f"importing {plugin.entry_point!r}"):
             module = entry_point.load()
-        trial = _register_alone(module)
-        info = _read_info(trial)
-        components = _read_components(plugin, trial)
+        # Whatever is touched here is the plugin's, and may do anything.
+        with isolated("reading what it provides"):
+            trial = _register_alone(module)
+            info = _read_info(trial)
+            components = _read_components(plugin, trial)
         seconds = time.perf_counter() - began
     except RefusedError as refusal:
         cause = refusal.__cause__
         traceback = "".join(tracebacks.format_exception(cause)) if cause else None
+        traceback = traceback and traceback.encode("utf-8", "backslashreplace").decode()
         return replace(plugin, status=refusal.status, error=str(refusal), traceback=traceback), [], None
     names = tuple(name for name in HOOKS if getattr(trial.hook, name).get_hookimpls())
     plugin = replace(plugin, info=info, hooks=names, load_seconds=seconds, components=components)
@@ -128,9 +132,26 @@ def _register_alone(module: Any) -> pluggy.PluginManager:
     if not marked:
         raise RefusedError("it implements no hook: nothing is marked with @rllava_core.hookimpl")
     for hook in hooks:
-        if any(implementation.wrapper or implementation.hookwrapper for implementation in hook.get_hookimpls()):
-            raise RefusedError(f"{hook.name}() is a hook wrapper, which could change what other plugins return")
+        for implementation in hook.get_hookimpls():
+            _check_function(hook.name, implementation)
     return trial
+
+
+def _check_function(hook: str, implementation: pluggy.HookImpl) -> None:
+    """Refuse functions that could never do what their hook is for."""
+    function = implementation.function
+    if implementation.wrapper or implementation.hookwrapper:
+        raise RefusedError(f"{hook}() is a hook wrapper, which could change what other plugins return")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise RefusedError(f"{hook}() is async; hooks are called and not awaited")
+    if hook not in LIFECYCLE_HOOKS:
+        return
+    if inspect.isgeneratorfunction(function):
+        raise RefusedError(f"{hook}() is a generator, whose body would never run")
+    wanted = inspect.signature(function).parameters.values()
+    optional = [item.name for item in wanted if item.default is not item.empty or item.kind is item.KEYWORD_ONLY]
+    if optional:
+        raise RefusedError(f"{hook}() has {', '.join(optional)} as optional or keyword-only: it would never be given")
 
 
 def _read_info(trial: pluggy.PluginManager) -> PluginInfo:
@@ -150,7 +171,7 @@ def _read_components(plugin: Plugin, trial: pluggy.PluginManager) -> tuple[Compo
             with isolated(f"{hook}()"):
                 specs = list(returned)
             for spec in specs:
-                if not isinstance(spec, ComponentSpec):
+                if type(spec) is not ComponentSpec:
                     raise RefusedError(f"{hook}() returned {_a(returned)} of {_a(spec)}, expected only ComponentSpec")
                 component = Component(kind, spec, plugin.name, plugin.distribution, plugin.version)
                 if any(component.same_name(other) for other in components):

@@ -6,8 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rllava_core.errors import PluginError
-from rllava_core.plugins.isolation import what_happened
+from rllava_core.errors import PluginError, what_happened
 from rllava_core.specs import ComponentSpec, Kind, PluginInfo
 
 ENGINE_ROLES = frozenset({"train", "rollout"})
@@ -90,6 +89,11 @@ class Plugin:
     hooks: tuple[str, ...] = ()
     load_seconds: float | None = None
     components: tuple[Component, ...] = ()
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """Distribution, name and value of the entry point: no two plugins share all three."""
+        return self.distribution, self.name, self.entry_point
 
     @property
     def usable(self) -> bool:

@@ -57,10 +57,10 @@ class Registry:
         return tuple(sorted(found, key=lambda c: (c.kind, c.spec.name, c.distribution, sorted(c.spec.provides))))
 
     def is_disabled(self, distribution: str) -> bool:
-        """Whether the environment keeps a distribution's plugins out, installed or not."""
+        """Whether the environment keeps a distribution, or some of its plugins, out, installed or not."""
         owned = [plugin for plugin in self.plugins if plugin.distribution == distribution]
         if owned:
-            return all(plugin.status == "disabled" for plugin in owned)
+            return any(plugin.status == "disabled" for plugin in owned)
         return distribution in {canonicalize_name(name) for name in self.disabled}
 
     def find(self, kind: Kind, name: str, role: str | None = None) -> Component:

@@ -158,7 +158,9 @@ class Conformance:
             f"import sys; sys.path[:] = {sys.path!r}; import {module}; "
             "print(*({'torch', 'transformers'} & set(sys.modules)))"
         )
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, errors="replace", timeout=300, check=False
+        )
         require(done.returncode == 0, f"importing {module!r} alone fails: {done.stderr.strip()[-500:]}")
         # The last line: the module may print while it is imported.
         heavy = done.stdout.splitlines()[-1].strip()

@@ -1,6 +1,6 @@
 """The conformance kit's quick checks on every component of one plugin, for `rllava plugins check --deep`.
 
-    python -m rllava_core.testing.deep OUTPUT DISTRIBUTION PLUGIN
+    python -m rllava_core.testing.deep OUTPUT DISTRIBUTION PLUGIN ENTRY_POINT
 
 Writes the findings to the file OUTPUT as JSON.
 """
@@ -41,11 +41,11 @@ def suites_of(component: Component) -> Iterator[Conformance]:
         yield suite
 
 
-def main(output: str, distribution: str, name: str) -> None:
+def main(output: str, distribution: str, name: str, entry_point: str) -> None:
     """Check the components of one plugin and write the findings."""
     findings = []
     registry = load_plugins(strict=False)
-    [plugin] = [item for item in registry.plugins if (item.distribution, item.name) == (distribution, name)]
+    plugin = next(item for item in registry.plugins if item.identity == (distribution, name, entry_point))
     # What components print is theirs to say elsewhere.
     with contextlib.redirect_stdout(sys.stderr):
         for component in plugin.components:

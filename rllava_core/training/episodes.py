@@ -191,5 +191,5 @@ def _playing(start: Start) -> Iterator[None]:
         raise TrainingError(f"{start.name}: {error}") from error
     except RllavaError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TrainingError(f"{start.name}: the environment {describe(error)}") from error

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rllava_core.config import RunConfig
 from rllava_core.errors import describe
 from rllava_core.plugins import Implementation
+from rllava_core.plugins.isolation import contained
 
 
 class Lifecycle:
     """Calls `rllava_run_start`, `rllava_step_end` and `rllava_run_end` of each plugin, one after another.
 
     A plugin whose hook raises, or calls `sys.exit`, is reported with `warn` and detached: none of its hooks is called
-    again in this run, which goes on. What a plugin is given it cannot change.
+    again in this run, which goes on. What a plugin is given is its own copy.
 
     detached: one line for each plugin that was.
     """
@@ -34,18 +33,21 @@ class Lifecycle:
 
     def step_end(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""
-        self._call("rllava_step_end", {"step": step, "metrics": MappingProxyType(dict(metrics))})
+        self._call("rllava_step_end", {"step": step, "metrics": metrics})
 
     def run_end(self, summary: Mapping[str, Any]) -> None:
         """The run ended."""
-        self._call("rllava_run_end", {"summary": MappingProxyType(dict(summary))})
+        self._call("rllava_run_end", {"summary": summary})
 
     def _call(self, hook: str, arguments: Mapping[str, Any]) -> None:
         for implementation in [item for item in self._implementations if item.hook == hook]:
+            if implementation not in self._implementations:  # detached by another of its functions
+                continue
+            # A copy for each: what a plugin is given it may keep, and cannot change for anybody else.
+            own = {name: copy.deepcopy(value) for name, value in arguments.items()}
             try:
-                # Standard output belongs to the command.
-                with contextlib.redirect_stdout(sys.stderr):
-                    implementation(arguments)
+                with contained():
+                    implementation(own)
             except KeyboardInterrupt:
                 raise
             except BaseException as error:  # noqa: BLE001 - isolating a plugin: reported by name, with its cause

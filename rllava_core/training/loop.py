@@ -17,7 +17,8 @@ import torch
 
 from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.config import ResolvedConfig
-from rllava_core.errors import InvariantError, RewardError, TrainingError
+from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
+from rllava_core.errors import describe as describe_error
 from rllava_core.mdp.rewards import score, succeeded
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
@@ -108,9 +109,14 @@ class _Run:
 
     def execute(self) -> dict[str, Any]:
         """The loop, and what goes around it."""
-        self.lifecycle.run_start(self.config, self.directory.path)
         try:
+            self.lifecycle.run_start(self.config, self.directory.path)
             self._iterate()
+        except SystemExit as error:
+            # Somebody else's code: a reward, an environment, an algorithm. No run ends with the code that it chose.
+            failure = TrainingError(f"step {self.progress.step + 1}: a component {describe_error(error)}")
+            self._end_badly(failure)
+            raise failure from error
         except BaseException as error:
             self._end_badly(error)
             raise
@@ -166,7 +172,7 @@ class _Run:
         """The same for a run that failed, whose own error is the one to report."""
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
-            self._end(status, error=f"{type(error).__name__}: {error}")
+            self._end(status, error=what_happened(error).removeprefix("raised "))
         except TrainingError as second:
             error.add_note(str(second))
 

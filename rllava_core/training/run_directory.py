@@ -63,19 +63,18 @@ class RunDirectory:
 
         Returns a warning for each of another version, or disabled now. Raises PluginError for those that are missing.
         """
-        now = {plugin.distribution: plugin for plugin in registry.plugins}
         warnings, missing = [], []
         for distribution, version_then in self._plugins_then().items():
-            plugin = now.get(distribution)
+            # A distribution may have several plugins; it was recorded because one of them could be used.
+            plugins = [plugin for plugin in registry.plugins if plugin.distribution == distribution]
+            usable = [plugin for plugin in plugins if plugin.usable]
             then = f"the run in {self.path} was made with {distribution} {version_then}"
-            if registry.is_disabled(distribution):
+            if usable and usable[0].version != version_then:
+                warnings.append(f"{then}, installed is {usable[0].version}: it may not go on exactly as it would have")
+            elif not usable and registry.is_disabled(distribution):
                 warnings.append(f"{then}, which is disabled now")
-            elif plugin is None:
-                missing.append(f"{distribution} {version_then} is not installed")
-            elif not plugin.usable:
-                missing.append(plugin.problem)
-            elif plugin.version != version_then:
-                warnings.append(f"{then}, installed is {plugin.version}: it may not go on exactly as it would have")
+            elif not usable:
+                missing += [plugin.problem for plugin in plugins] or [f"{distribution} {version_then} is not installed"]
         if missing:
             raise PluginError(
                 f"the run in {self.path} was made with plugins that cannot be used now: {'; '.join(missing)}. Install "

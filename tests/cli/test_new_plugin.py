@@ -57,7 +57,7 @@ def test_a_new_plugin_is_listed_and_passes_every_check(
     assert [(component.kind, component.spec.name) for component in plugin.components] == [(kind, "shiny-new")]
     checked = run_rllava("plugins", "check", "shiny-new", "--json")
     assert checked.exit_code == 0, checked.stdout
-    deep.main(str(tmp_path / "findings.json"), "rllava-shiny-new", "shiny-new")  # as --deep does in its own process
+    deep.main(str(tmp_path / "findings.json"), *plugin.identity)  # as --deep does in its own process
     findings = json.loads((tmp_path / "findings.json").read_text())
     assert [finding for finding in findings if finding["level"] not in ("ok", "skipped")] == []
     assert sum(finding["level"] == "ok" for finding in findings) > 15
@@ -154,6 +154,7 @@ def test_it_says_what_to_do_next(run_rllava: Run, tmp_path: Path) -> None:
         ("..", "is no name for a plugin"),
         ("rllava-", "is no name for a plugin"),
         ("two--dashes", "is no name for a plugin"),
+        ("x" * 300, "at most 60 characters"),
         ("rllava-core", "is the core itself"),
         ("match", "rllava-toy provides a reward 'match' already"),
     ],
@@ -171,7 +172,7 @@ def test_a_bad_name_is_refused_and_nothing_is_written(
 def test_a_name_whose_class_would_hide_one_of_the_core_is_refused(
     refused: Callable[..., str], name: str, kind: str
 ) -> None:
-    assert "would hide that of rllava_core" in refused("new-plugin", name, "--kind", kind)
+    assert "would hide one that it imports" in refused("new-plugin", name, "--kind", kind)
 
 
 def test_nothing_is_overwritten(refused: Callable[..., str], run_rllava: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,37 @@ def test_components_of_a_plugin_that_cannot_be_loaded_are_not_looked_for(run_rll
 
     assert result.exit_code == 1
     assert result.stdout.endswith("  skipped: 1 check (components): the plugin cannot be loaded\n")
+
+
+def test_what_a_plugin_writes_may_be_any_bytes(run_rllava: Run, plugin: Any) -> None:
+    plugin("import os\nos.write(2, b'caf\\xe9')\nos._exit(5)\n")
+
+    result = run_rllava("plugins", "check", "example")
+
+    assert result.exit_code == 1
+    assert "ended with code 5: caf" in result.stdout
+
+
+def test_a_process_that_a_plugin_leaves_behind_is_not_waited_for(run_rllava: Run, plugin: Any) -> None:
+    plugin(GOOD + "import subprocess\nsubprocess.Popen(['sleep', '30'])\n")
+    began = time.monotonic()
+
+    run_rllava("plugins", "check", "example")
+
+    assert time.monotonic() - began < 25
+
+
+def test_two_entry_points_of_one_name_are_checked_apart(run_rllava: Run, plugin: Any, fake_distribution: Any) -> None:
+    site = plugin()
+    next(site.glob("*.dist-info/entry_points.txt")).write_text(
+        "[rllava]\nexample = rllava_example\nexample = rllava_missing\n"
+    )
+
+    result = run_rllava("plugins", "check", "example", "--json")
+
+    reports = json.loads(result.stdout)["plugins"]
+    assert [report["ok"] for report in reports] == [True, False]
+    assert any("rllava_missing" in finding["message"] for finding in reports[1]["findings"])
 
 
 def test_modules_in_the_current_folder_are_not_taken_for_the_plugins(

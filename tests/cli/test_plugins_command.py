@@ -165,6 +165,30 @@ def test_a_plugin_that_follows_runs_is_listed_as_one(fake_distribution: Any) -> 
     assert "rllava-logger" not in run("plugins", "--kind", "reward").stdout
 
 
+NOISY = (
+    "import atexit, os\nos.write(1, b'one')\nos.system('echo two')\n"
+    "atexit.register(lambda: os.write(1, b'three'))\n" + EXAMPLE
+)
+
+
+def test_nothing_that_a_plugin_starts_gets_into_the_json(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.2", NOISY)
+    command = [sys.executable, "-c", "from rllava_core.cli import main; main()", "plugins", "--json"]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+    assert plugin_in(json.loads(done.stdout), "example")["status"] == "ok"
+    assert "one" in done.stderr
+    assert "two" in done.stderr
+
+
+def test_a_listing_can_be_printed_whatever_an_error_says(fake_distribution: Any) -> None:
+    fake_distribution("rllava-example", "1.2", "raise ValueError('f \\udcff')")
+
+    for command in (["plugins"], ["plugins", "--json"], ["plugins", "show", "example"]):
+        run(*command).stdout.encode("utf-8")
+
+
 def test_without_loading_nothing_of_a_plugin_runs(fake_distribution: Any) -> None:
     fake_distribution("rllava-example", "1.2", EXAMPLE)
 

@@ -102,6 +102,53 @@ BROKEN = {
         ["rllava_rewards()", "hookimpl"],
     ),
     "no hook at all": ("x = 1", ["no hook", "hookimpl"]),
+    "an exception that cannot be shown": (
+        "class E(Exception):\n    def __str__(self): return self.nope\nraise E()",
+        ["importing 'rllava_example'", "raised E: (its message cannot be shown)"],
+    ),
+    "an exception with half a surrogate pair and an escape": (
+        "raise ValueError('f \\udcff \\x1b[31m')",
+        ["ValueError", "\\udcff", "\\x1b[31m"],
+    ),
+    "a module whose __getattr__ raises": (
+        HEADER + f"@hookimpl\ndef rllava_rewards():\n    return [{SPEC}]\ndef __getattr__(name): return {{}}[name]",
+        ["reading what it provides", "KeyError"],
+    ),
+    "an object whose class raises": (
+        HEADER + "class Proxy:\n    @property\n    def __class__(self): raise RuntimeError('unbound')\n"
+        "@hookimpl\ndef rllava_rewards():\n    return [Proxy()]",
+        ["rllava_rewards()", "Proxy"],
+    ),
+    "a summary that is no text": (
+        HEADER + "@hookimpl\ndef rllava_plugin_info():\n    return PluginInfo(summary=b'bytes')",
+        ["rllava_plugin_info()", "summary of the plugin: expected text"],
+    ),
+    "a component's summary that is no text": (
+        HEADER + "@hookimpl\ndef rllava_rewards():\n"
+        "    return [ComponentSpec(name='x', target='a:B', summary=object())]",
+        ["summary of component 'x': expected text"],
+    ),
+    "a spec of a class of its own": (
+        HEADER + "class Mine(ComponentSpec):\n    def __post_init__(self): pass\n"
+        "@hookimpl\ndef rllava_rewards():\n    return [Mine(name=None, target='a:B')]",
+        ["rllava_rewards()", "Mine", "only ComponentSpec"],
+    ),
+    "an async hook": (
+        HEADER + "@hookimpl\nasync def rllava_run_end(summary):\n    pass",
+        ["rllava_run_end()", "async"],
+    ),
+    "a lifecycle hook that is a generator": (
+        HEADER + "@hookimpl\ndef rllava_run_end(summary):\n    yield",
+        ["rllava_run_end()", "generator"],
+    ),
+    "a lifecycle hook with a default": (
+        HEADER + "@hookimpl\ndef rllava_step_end(step, metrics=None):\n    pass",
+        ["rllava_step_end()", "metrics", "would never be given"],
+    ),
+    "a lifecycle hook with keyword-only arguments": (
+        HEADER + "@hookimpl\ndef rllava_step_end(*, step):\n    pass",
+        ["rllava_step_end()", "step", "keyword-only"],
+    ),
     "a hook wrapper": (
         "import pluggy\n@pluggy.HookimplMarker('rllava')(wrapper=True)\ndef rllava_rewards():\n    return (yield)",
         ["rllava_rewards()", "wrapper"],
@@ -274,6 +321,7 @@ def test_a_plugin_for_another_core_is_incompatible_and_not_imported(fake_distrib
 @pytest.mark.parametrize(
     ("running", "requires"),
     [
+        ("1.0.0a2", ["rllava-core>=1.0.0a2,<2"]),
         ("1.4", ["rllava-core>=1,<2"]),
         ("1.4", []),
         ("1.4", ['rllava-core>=2; python_version<"3"', 'rllava-core>=2; extra == "next"']),
@@ -287,6 +335,57 @@ def test_a_plugin_for_this_core_is_ok(fake_distribution: Any, running: str, requ
     fake_distribution("rllava-example", "0.3", HEALTHY, requires=requires)
 
     assert plugin_named("example").status == "ok"
+
+
+@pytest.mark.parametrize("requirement", ["rllava-core!=1.0.0a1", "rllava-core>=1.0.0a2,<2", "rllava-core===1.0"])
+def test_a_requirement_that_speaks_of_prereleases_is_taken_at_its_word(
+    fake_distribution: Any, requirement: str
+) -> None:
+    fake_distribution("rllava-core", "1.0.0a1", entry_points={})
+    fake_distribution("rllava-example", "0.3", HEALTHY, requires=[requirement])
+
+    assert plugin_named("example").status == "incompatible"
+
+
+def test_a_plugin_that_changes_the_current_folder_does_not_change_it_for_others(
+    fake_distribution: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_distribution("rllava-example", "0.3", "import os\nos.chdir('/')\n" + HEALTHY)
+
+    assert plugin_named("example").status == "ok"
+    assert Path.cwd() == tmp_path
+
+
+def test_capabilities_may_come_from_a_generator(fake_distribution: Any) -> None:
+    source = (
+        HEADER
+        + "@hookimpl\ndef rllava_rewards():\n"
+        + "    return [ComponentSpec(name='x', target='a:B', needs=(c for c in 'ab'))]"
+    )
+    fake_distribution("rllava-example", "0.3", source)
+
+    [component] = plugin_named("example").components
+    assert component.spec.needs == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "content", ["[ rllava ]\nexample = rllava_example\n", "\ufeff[rllava]\nexample = rllava_example\n"]
+)
+def test_an_odd_header_is_not_overlooked(fake_distribution: Any, content: str) -> None:
+    site = fake_distribution("rllava-example", "1.0", HEALTHY)
+    next(site.glob("*.dist-info/entry_points.txt")).write_text(content, encoding="utf-8")
+
+    assert [plugin for plugin in load_plugins().plugins if plugin.distribution == "rllava-example"]
+
+
+@pytest.mark.parametrize("name", ["a,b", "a b", "a/b"])
+def test_a_name_that_no_list_can_hold_is_refused(fake_distribution: Any, name: str) -> None:
+    fake_distribution("rllava-example", "1.0", HEALTHY, entry_points={name: "rllava_example"})
+
+    plugin = plugin_named(name)
+    assert plugin.status == "broken"
+    assert "cannot be written in a list" in str(plugin.error)
 
 
 @pytest.mark.parametrize("running", ["2.0.0a1", "0.9"])

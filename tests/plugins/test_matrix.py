@@ -43,6 +43,16 @@ def write_garbage(info: Path) -> None:
     info.joinpath("entry_points.txt").write_bytes(b"[rllava]\nbad = caf\xe9\n")
 
 
+PARTS = {
+    True: "class E(Exception):\n    def __str__(self): return self.nope\nraise E()\n",
+    False: (
+        "from pydantic import model_validator\nfrom rllava_core.config import Options\n"
+        "class Config(Options):\n    @model_validator(mode='before')\n    @classmethod\n"
+        "    def check(cls, value): raise KeyError('oops')\n"
+    ),
+}
+"""Whether the module itself breaks, or the config in it."""
+
 CASES = {
     "a missing import": Case(
         "import no_such_module\n" + rewards("bad"), "broken", "ModuleNotFoundError", "No module named 'no_such_module'"
@@ -82,6 +92,21 @@ CASES = {
         "",
         "reward 'rllava-bad/bad': making 'Bad' from its config raised TypeError",
     ),
+    "a target whose error cannot be shown": Case(
+        rewards("bad", target="rllava_bad_parts:X"), "ok", "", "raised E: (its message cannot be shown)"
+    ),
+    "a config that is no config": Case(
+        rewards("bad").replace("Match')", "Match', config='rllava_toy.task:Match')"),
+        "ok",
+        "",
+        "'rllava-bad/bad': its config <class 'rllava_toy.task.Match'> is no pydantic model",
+    ),
+    "a config whose validator breaks": Case(
+        rewards("bad").replace("Match')", "Match', config='rllava_bad_parts:Config')"),
+        "ok",
+        "",
+        "its config raised KeyError",
+    ),
     "a duplicate name": Case(
         rewards("bad"),
         "conflict",
@@ -112,7 +137,12 @@ def run(*args: str) -> Result:
 def test_a_bad_plugin_is_named_with_its_cause_harms_nobody_and_stops_only_who_needs_it(
     fake_distribution: Any, toy_config: Path, tmp_path: Path, case: Case
 ) -> None:
-    site = fake_distribution("rllava-bad", "0.1", case.source, requires=case.requires)
+    files = (
+        {}
+        if "rllava_bad_parts" not in case.source
+        else {"rllava_bad_parts.py": PARTS[".X" in case.source.replace(":", ".")]}
+    )
+    site = fake_distribution("rllava-bad", "0.1", case.source, requires=case.requires, files=files)
     if case.damage:
         [info] = site.glob("*.dist-info")
         case.damage(info)

@@ -49,7 +49,6 @@ def calls(module: str) -> list[Any]:
     [
         ("if step == 2: raise KeyError('oops')", "raised KeyError: 'oops'"),
         ("if step == 2: import sys; sys.exit(3)", "called sys.exit(3)"),
-        ("if step == 2: metrics['reward/mean'] = 1.0", "raised TypeError"),
     ],
 )
 def test_a_hook_that_fails_is_reported_and_detached_and_the_run_goes_on(
@@ -165,3 +164,71 @@ def test_every_loading_is_independent_of_the_one_before(fake_distribution: Any) 
 
     assert first.plugins[0].components == second.plugins[0].components
     assert len(first.lifecycle) == len(second.lifecycle) == 3
+
+
+def test_what_a_hook_is_given_is_its_own_copy(run_toy: Run, fake_distribution: Any) -> None:
+    greedy = FOLLOWER.format(failure="metrics['reward/mean'] = 42.0").replace(
+        'calls.append(summary["status"])', 'summary["eval"]["best"]["success_rate"] = 42.0'
+    )
+    fake_distribution("rllava-greedy", "1.0", greedy)
+    fake_distribution("rllava-later", "1.0", follower("assert metrics['reward/mean'] != 42.0"))
+
+    summary = run_toy("training.steps=2")
+
+    assert summary["eval"]["best"]["success_rate"] <= 1
+    assert "detached_plugins" not in summary
+
+
+def test_a_hook_that_changes_the_current_folder_does_not_move_the_run(
+    run_toy: Run, fake_distribution: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_distribution("rllava-mover", "1.0", follower("import os; os.chdir('/')"))
+
+    assert run_toy("training.steps=2")["status"] == "completed"
+    assert Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("where", ["rllava_run_start", "rllava_step_end"])
+def test_a_hook_whose_error_cannot_be_shown_is_detached_like_any(
+    run_toy: Run, fake_distribution: Any, watcher: Any, where: str
+) -> None:
+    source = (
+        "from rllava_core import hookimpl\nclass E(Exception):\n    def __str__(self): return self.nope\n"
+        f"@hookimpl\ndef {where}():\n    raise E()\n"
+    )
+    fake_distribution("rllava-odd", "1.0", source)
+
+    assert run_toy("training.steps=1")["status"] == "completed"
+    [warning] = watcher.warnings
+    assert "raised E: (its message cannot be shown)" in warning
+
+
+def test_a_component_that_exits_fails_the_run_and_does_not_choose_its_code(
+    run_toy: Run, fake_distribution: Any, tmp_path: Path
+) -> None:
+    source = (
+        "from rllava_core import ComponentSpec, hookimpl\n"
+        "@hookimpl\ndef rllava_rewards():\n    return [ComponentSpec(name='leaver', target='rllava_leaver:Leaver')]\n"
+        "class Leaver:\n    def __init__(self, config): pass\n    def __call__(self, batch): raise SystemExit(0)\n"
+    )
+    fake_distribution("rllava-leaver", "1.0", source)
+
+    with pytest.raises(RewardError, match=r"reward 'leaver' called sys\.exit\(0\) \(rllava_leaver\.py:\d+\)"):
+        run_toy("task.rewards=[leaver]")
+
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_distribution_with_a_plugin_that_was_never_used_can_be_resumed_with(
+    run_toy: Run, fake_distribution: Any, monkeypatch: pytest.MonkeyPatch, watcher: Any, disable: bool
+) -> None:
+    entry_points = {"aok": "rllava_pair", "zbad": "rllava_pair_bad"}
+    fake_distribution("rllava-pair", "1.0", REWARD, entry_points=entry_points, files={"rllava_pair_bad.py": "1 / 0"})
+    if disable:
+        monkeypatch.setenv("RLLAVA_DISABLE_PLUGINS", "zbad")
+    run_toy("training.steps=1")
+
+    assert run_toy("training.steps=2", resume=True)["status"] == "completed"
+    assert watcher.warnings == []
