@@ -26,7 +26,7 @@ from rllava_core.plugins.discovery import CORE_DISTRIBUTION, Found, accepted_maj
 from rllava_core.plugins.isolation import RefusedError, isolated
 from rllava_core.plugins.loading import load_alone, load_plugins
 from rllava_core.plugins.records import Component, Plugin
-from rllava_core.specs import CAPABILITIES
+from rllava_core.specs import CAPABILITIES, Kind
 
 IMPORT_BUDGET = 0.2
 """Seconds that loading a plugin may take: with fifty of them installed, every command waits for all."""
@@ -39,6 +39,9 @@ HEAVY = TORCH | {
     *("gymnasium", "requests", "openai", "wandb"),
 }
 """Packages that take long to import, and that listing plugins needs none of."""
+
+RESERVED: dict[Kind, set[str]] = {"model": {"adapter"}, "reward": {"name", "weight", "label"}}
+"""Keys of the config's own beside which a component's options stand; of the kinds that are not here: `name`."""
 
 Level = Literal["ok", "warning", "error", "skipped"]
 Finding = dict[str, str]
@@ -217,6 +220,9 @@ def _check_config(component: Component) -> Iterator[Finding]:
         yield _finding(name, "error", message)
     elif model.model_config.get("extra") != "forbid":
         message = f"{model.__name__} accepts unknown keys; derive it from rllava_core.config.Options"
+        yield _finding(name, "error", message)
+    elif taken := sorted(RESERVED.get(component.kind, {"name"}) & set(model.model_fields)):
+        message = f"a {component.kind}'s section has a key {taken[0]!r} of its own, so this option can never be set"
         yield _finding(name, "error", message)
     else:
         yield _finding(name, "ok", f"{len(model.model_fields)} keys")

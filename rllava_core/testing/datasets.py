@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from typing import Any, ClassVar
@@ -25,7 +20,8 @@ from rllava_core.testing.conformance import (
     require,
     run,
 )
-from rllava_core.testing.values import choices_problem, content, image_problem, shortened, text_problem
+from rllava_core.testing.processes import in_another_process
+from rllava_core.testing.values import choices_problem, content, digest, image_problem, shortened, text_problem
 
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
@@ -128,23 +124,9 @@ class DatasetConformance(Conformance):
         self.find()
         if type(self).create is not DatasetConformance.create:
             raise SkipTest("create is overridden, which another process does not know")
-        # A set of texts has another order in each process, unless the seed of their hashes is the same.
-        seed = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
-        script = (
-            f"import sys; sys.path[:] = {sys.path!r}; import json; from rllava_core.testing import datasets; "
-            "print(datasets.order_of(sys.argv[1], json.loads(sys.argv[2])))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script, self.component, json.dumps(self.config().model_dump(mode="json"))],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        require(done.returncode == 0, f"another process cannot read the data: {done.stderr.strip()[-500:]}")
+        given = (self.component, self.config().model_dump(mode="json"))
         require(
-            done.stdout.splitlines()[-1] == _order(self.create()),
+            in_another_process(__name__, "order_of", *given) == _order(self.create()),
             "another process has other examples, or another order; sort what comes from a set or a folder, and draw "
             "from a generator of its own with a fixed seed: a resumed run would go on with other examples",
         )
@@ -228,8 +210,13 @@ def order_of(component: str, options: Mapping[str, Any]) -> str:
 
 
 def _order(dataset: Dataset) -> str:
-    entries = [[[example.name, example.answer] for example in _examples(dataset, split)] for split in SPLITS]
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    """A hash of all but the pictures, which would all have to be decoded."""
+    return digest(
+        [
+            [(example.name, example.answer, example.choices, example.fields) for example in _examples(dataset, split)]
+            for split in SPLITS
+        ]
+    )
 
 
 def _examples(dataset: Dataset, split: Split) -> list[Example]:

@@ -19,7 +19,8 @@ from rllava_core.specs import Kind
 from rllava_core.testing import samples
 from rllava_core.testing.conformance import Conformance, ConformanceError, raise_failures, require, run
 from rllava_core.testing.playing import Player, Start, difference, disturbed, episode, told
-from rllava_core.testing.values import choices_problem, content, image_problem, shortened, text_problem
+from rllava_core.testing.processes import in_another_process
+from rllava_core.testing.values import choices_problem, content, digest, image_problem, shortened, text_problem
 
 
 class EnvironmentConformance(Conformance):
@@ -114,6 +115,18 @@ class EnvironmentConformance(Conformance):
             with disturbed(2):
                 second = self._course(self.create(), start, disturb=2)
             _require_same(first, second, "only the states of `random` and `numpy.random` were others")
+
+    def test_a_new_process_plays_the_same_episodes(self) -> None:
+        component = self.find().qualified_name
+        own = [name for name in ("create", "examples", "actions") if name in vars(type(self))]
+        if own:
+            raise SkipTest(f"{', '.join(own)} is overridden, which another process does not know")
+        given = (component, self.config().model_dump(mode="json"), dict(self.task), list(self.seeds), self.max_turns)
+        require(
+            in_another_process(__name__, "courses_of", *given) == self.courses(),
+            "another process plays other episodes from the same seeds: draw from np.random.default_rng(seed), and let "
+            "nothing depend on hash() of a text or on the order of a set; a resumed run would be another one",
+        )
 
     def test_a_reset_after_an_episode_begins_afresh(self) -> None:
         starts = self._starts()
@@ -247,6 +260,11 @@ class EnvironmentConformance(Conformance):
     def _task(self) -> TaskSection:
         return TaskSection.model_validate(dict(self.task))
 
+    def courses(self) -> str:
+        """A hash of what the episodes show."""
+        played = [(start, player) for start in self._starts() for player in self._players(start, constant=8)]
+        return digest([self._course(self.create(), start, player) for start, player in played])
+
     def _starts(self) -> list[Start]:
         examples = list(self.examples())
         count = max(len(examples), len(self.seeds))
@@ -307,14 +325,32 @@ class EnvironmentConformance(Conformance):
             ) from error
 
 
-def check_environment(create: Callable[[], Environment], examples: Sequence[Example | None] = (None,)) -> None:
+def courses_of(component: str, options: Any, task: Any, seeds: Any, max_turns: int) -> str:
+    """What an installed environment shows in this process, for comparison with another."""
+    suite = EnvironmentConformance()
+    suite.component, suite.options, suite.task, suite.seeds, suite.max_turns = (
+        component,
+        options,
+        task,
+        seeds,
+        max_turns,
+    )
+    return suite.courses()
+
+
+def check_environment(
+    create: Callable[[], Environment], examples: Sequence[Example | None] = (None,), max_turns: int = 200
+) -> None:
     """Check the environments that `create()` makes, installed or not. Raises ConformanceError that lists what is wrong.
 
     examples: what episodes are about; leave it out for an environment that makes its own tasks from the seed.
+    max_turns: every episode must be over after this many actions.
     """
-    given = examples
+    given, limit = examples, max_turns
 
     class Unregistered(EnvironmentConformance):
+        max_turns = limit
+
         def create(self) -> Environment:
             return create()
 

@@ -225,12 +225,19 @@ class RewardConformance(Conformance):
             raise SkipTest("deterministic is off")
 
 
-def check_reward(create: Callable[[], Reward]) -> None:
-    """Check the rewards that `create()` makes, installed or not. Raises ConformanceError that lists what is wrong."""
+def check_reward(create: Callable[[], Reward], examples: Sequence[Example] | None = None) -> None:
+    """Check the rewards that `create()` makes, installed or not. Raises ConformanceError that lists what is wrong.
+
+    examples: which the reward can judge, where the kit's own do not suit it.
+    """
+    given = examples
 
     class Unregistered(RewardConformance):
         def create(self) -> Reward:
             return create()
+
+        def examples(self) -> Sequence[Example]:
+            return super().examples() if given is None else given
 
     raise_failures(run(Unregistered()))
 

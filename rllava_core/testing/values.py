@@ -38,6 +38,19 @@ def content(value: Any) -> Any:
     return value if _compares(value) else type(value).__qualname__
 
 
+def digest(value: Any) -> str:
+    """A hash of the value's content that is the same in every process: sets have no order in it."""
+
+    def canonical(part: Any) -> str:
+        if isinstance(part, tuple):
+            return f"({','.join(map(canonical, part))})"
+        if isinstance(part, frozenset):
+            return f"{{{','.join(sorted(map(canonical, part)))}}}"
+        return repr(part)
+
+    return hashlib.sha256(canonical(content(value)).encode(errors="backslashreplace")).hexdigest()
+
+
 def text_problem(text: Any) -> str | None:
     """Why no tokenizer could take this as text; None if one can."""
     if not isinstance(text, str):

@@ -124,6 +124,12 @@ def test_in_words(run_rllava: Run, plugin: Any) -> None:
             "error",
             "defines no 'Reward'; did you mean 'Rewart'?",
         ),
+        (
+            {"parts": PARTS.replace("value: float", "weight: float")},
+            "config of reward example",
+            "error",
+            "a reward's section has a key 'weight' of its own",
+        ),
         ({"parts": "def (:\n"}, "target of reward example", "error", "SyntaxError"),
         (
             {"source": GOOD.replace("summary='Does", "needs={'logprob'}, summary='Does")},

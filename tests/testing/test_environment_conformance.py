@@ -322,7 +322,8 @@ def outcomes(create: Any, **attributes: Any) -> dict[str, Outcome]:
 def test_every_check_has_a_mutant() -> None:
     own = set(checks_of(EnvironmentConformance)) - set(checks_of(Conformance))
 
-    assert {f"test_{check}" for check in MUTANTS} == own
+    # The one of another process needs an installed environment: its mutant is in test_environment_processes.py.
+    assert {f"test_{check}" for check in [*MUTANTS, "a_new_process_plays_the_same_episodes"]} == own
 
 
 @pytest.mark.parametrize(
