@@ -104,4 +104,6 @@ class Plugin:
     def problem(self) -> str:
         """One sentence that names the plugin, its distribution and version, and the cause; for a plugin not ok."""
         state = "in conflict" if self.status == "conflict" else self.status
-        return f"plugin {self.name!r} of {self.distribution} {self.version} is {state}: {self.error}"
+        # Where a distribution cannot say its name, its place is all there is to find it by.
+        owner = f"{self.distribution} {self.version}" if self.distribution != "unknown" else self.location
+        return f"plugin {self.name!r} of {owner} is {state}: {self.error}"

@@ -201,7 +201,9 @@ def test_metadata_that_cannot_be_read_breaks_only_its_distribution(fake_distribu
     header.write_bytes(b"Name: caf\xe9\n")
     fake_distribution("rllava-other", "1.0", algorithm_plugin("other"))
 
-    assert [plugin.status for plugin in load_plugins().plugins if plugin.location == str(site)] == ["broken"]
+    [plugin] = [plugin for plugin in load_plugins().plugins if plugin.location == str(site)]
+    assert plugin.status == "broken"
+    assert str(site) in plugin.problem
     assert plugin_named("other").status == "ok"
 
 

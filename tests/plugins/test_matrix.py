@@ -157,6 +157,7 @@ def test_a_bad_plugin_is_named_with_its_cause_harms_nobody_and_stops_only_who_ne
     assert [plugin["status"] for plugin in listed if plugin["name"] in ("good", "core", "toy")] == ["ok"] * 3
 
     table = run("plugins").stdout
+    owner = str(site) if bad["distribution"] == "unknown" else bad["distribution"]
     below = [
         line for line in table.splitlines() if line.startswith("plugin ") and f" of {bad['distribution']} " in line
     ]
