@@ -97,6 +97,11 @@ class PolicyGradient:
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         config = self.config
         per_decision = self.token_loss(batch, output)
+        if per_decision.shape != output.logprobs.shape:
+            raise TrainingError(
+                f"token_loss() returned shape {tuple(per_decision.shape)} for {len(output.logprobs)} decisions: "
+                "expected one number for each"
+            )
         reported = {"policy/entropy": output.entropies, **self.metrics(batch, output)}
         if config.entropy_coefficient:
             per_decision = per_decision - config.entropy_coefficient * output.entropies

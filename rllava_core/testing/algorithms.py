@@ -216,7 +216,7 @@ class AlgorithmConformance(AlgorithmSuite):
                 require(
                     difference <= RELATIVE,
                     f"micro-batches of {tokens} tokens change the gradient by {difference:.2g} of its norm: a loss "
-                    "must be a sum over decisions, whose normalisation is a column made by prepare()",
+                    "must be a sum over decisions, whose normalisation is a column made by prepare() (targets())",
                 )
                 for name, value in whole.metrics.items():
                     other = cut.metrics.get(name, math.nan)

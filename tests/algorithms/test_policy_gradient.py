@@ -313,3 +313,17 @@ def test_advantages_of_another_length_are_refused_and_not_cut_to_fit(
 
     with pytest.raises(TrainingError, match=r"'advantages' has shape \(\d+,\) for \d+ decisions: expected one row"):
         list(Wrong(PolicyGradientConfig()).prepare(trajectories, Any))
+
+
+def test_a_loss_of_another_shape_is_refused_and_not_broadcast(trajectories: list[Trajectory], make: Any) -> None:
+    class Mean(Reinforce):
+        def token_loss(self, batch: Batch, output: PolicyOutput) -> Tensor:
+            return super().token_loss(batch, output).mean()
+
+    algorithm = Mean(PolicyGradientConfig())
+    batch = only(algorithm.prepare(trajectories, Any))
+
+    with pytest.raises(
+        TrainingError, match=r"token_loss\(\) returned shape \(\) for \d+ decisions: expected one number"
+    ):
+        algorithm.loss(batch, make.output(trajectories))
