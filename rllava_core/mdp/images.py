@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -50,6 +51,11 @@ class Image:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # NumPy forgets on the way from another process, or in a deep copy, that pixels are read-only.
+        self.__dict__.update(state)
+        self.pixels.flags.writeable = False
 
     @property
     def size(self) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from rllava_core.algorithms.policy_gradient import PolicyGradient, Rollouts
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import PolicyOutput
+from rllava_core.policy.policy import Head, PolicyOutput
 from rllava_toy.config import ToyGradientConfig
 
 
@@ -39,7 +39,7 @@ class ToyGradient(PolicyGradient):
 class ToyCritic(PolicyGradient):
     """A value head as baseline, learnt beside the policy."""
 
-    heads = {"value": 1}
+    heads = {"value": Head(1)}
 
     def targets(self, rollouts: Rollouts, policy: PolicyAccess) -> dict[str, Tensor]:
         values = policy.evaluate(rollouts.trajectories).heads["value"][:, 0]

@@ -90,4 +90,11 @@ def rllava_environments() -> list[ComponentSpec]:
             target="rllava_toy.task:Brightness",
             provides=frozenset({"choices"}),
         ),
+        ComponentSpec(
+            name="misbehaving",
+            summary="Several turns, and one in which it misbehaves.",
+            target="rllava_toy.misbehaving:Misbehaving",
+            config="rllava_toy.config:MisbehavingConfig",
+            provides=frozenset({"choices"}),
+        ),
     ]
