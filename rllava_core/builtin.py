@@ -27,7 +27,7 @@ def rllava_engines() -> list[ComponentSpec]:
             target="rllava_core.engines.local_rollout:LocalRolloutEngine",
             config="rllava_core.engines.config:LocalRolloutConfig",
             summary="Samples from the policy in this process, with the weights that are being trained.",
-            provides=frozenset({"rollout", "logprobs"}),
+            provides=frozenset({"rollout", "logprobs", "action_values"}),
         ),
     ]
 

@@ -57,5 +57,10 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tenso
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
+def sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """[N] sums of consecutive stretches. values: [sum of lengths]; lengths: [N], all positive."""
+    return torch.stack([part.sum() for part in values.split(lengths.tolist())])
+
+
 def _same(group: Tensor, values: Tensor) -> Tensor:
     return (group[:, None] == group[None, :]).to(values.dtype)  # [N, N]

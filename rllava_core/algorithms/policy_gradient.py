@@ -1,74 +1,111 @@
 """The base of policy-gradient algorithms: everything but the few lines in which papers differ.
 
-A variant overrides `advantages` (what a trajectory is worth) and `token_loss` (how a decision is pushed).
+A variant overrides `advantages` (what a trajectory, a turn or a decision is worth) and `token_loss` (how a decision is
+pushed).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rllava_core.algorithms.config import PolicyGradientConfig
-from rllava_core.algorithms.maths import aggregation_weights, kl_estimate
+from rllava_core.algorithms.maths import aggregation_weights, kl_estimate, sums
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import PolicyOutput
+from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.policy import Head, PolicyOutput
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The N trajectories of a step as tensors.
+    """The N trajectories of a step as tensors: T turns and D decisions, all trajectories one after another.
 
-    returns: [N] float32, undiscounted, lowered by the divergence from the reference where the config says so.
+    rewards: [D] float32, what each decision earned: the reward of a turn is that of its last decision; all are lowered
+        by the divergence from the reference where the config says so.
     group: [N] group labels.
-    decisions: [N] number of decisions T_i.
-    old_logprobs: [D] log-probs of the policy that sampled, all trajectories one after another.
+    turns: [N] number of turns of each trajectory.
+    turn_decisions: [T] number of decisions of each turn.
+    old_logprobs: [D] log-probs of the policy that sampled.
     """
 
     trajectories: tuple[Trajectory, ...]
-    returns: Tensor
+    rewards: Tensor
     group: Tensor
-    decisions: Tensor
+    turns: Tensor
+    turn_decisions: Tensor
     old_logprobs: Tensor
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> Rollouts:
-        logprobs = [torch.from_numpy(trajectory.behaviour_logprobs) for trajectory in trajectories]
+        turn_decisions = [turn.action.decisions for trajectory in trajectories for turn in trajectory.turns]
+        earned = [reward for trajectory in trajectories for reward in trajectory.rewards]
+        rewards = torch.zeros(sum(turn_decisions))
+        rewards[torch.tensor(turn_decisions).cumsum(0) - 1] = torch.tensor(earned, dtype=torch.float32)
         return cls(
             tuple(trajectories),
-            torch.tensor([trajectory.episode_return for trajectory in trajectories], dtype=torch.float32),
+            rewards,
             torch.tensor([trajectory.group for trajectory in trajectories]),
-            torch.tensor([trajectory.decisions for trajectory in trajectories]),
-            torch.cat(logprobs),
+            torch.tensor([len(trajectory.turns) for trajectory in trajectories]),
+            torch.tensor(turn_decisions),
+            torch.cat([torch.from_numpy(trajectory.behaviour_logprobs) for trajectory in trajectories]),
         )
+
+    @cached_property
+    def decisions(self) -> Tensor:
+        """[N] number of decisions of each trajectory."""
+        return sums(self.turn_decisions, self.turns)
+
+    @cached_property
+    def turn_rewards(self) -> Tensor:
+        """[T] what each turn earned."""
+        return sums(self.rewards, self.turn_decisions)
+
+    @cached_property
+    def returns(self) -> Tensor:
+        """[N] undiscounted."""
+        return sums(self.rewards, self.decisions)
+
+    def per_decision(self, values: Tensor) -> Tensor:
+        """[D] from [N] of trajectories, [T] of turns, or [D] already."""
+        if values.shape == self.turns.shape:
+            return values.repeat_interleave(self.decisions)
+        if values.shape == self.turn_decisions.shape:
+            return values.repeat_interleave(self.turn_decisions)
+        return values
 
 
 class PolicyGradient:
-    """Base class: sample, weigh, push; with entropy bonus, divergence from a reference, epochs and minibatches."""
+    """Base class: sample, weigh, push; with entropy bonus, divergence from a reference, epochs and minibatches.
+
+    kl_coefficient: weight of that divergence now; the config's, unless a subclass adapts it.
+    """
 
     experience: Literal["rollouts", "demonstrations"] = "rollouts"
-    heads: Mapping[str, int] = {}
+    heads: Mapping[str, Head] = {}
 
     def __init__(self, config: PolicyGradientConfig) -> None:
         self.config = config
         self.group_size = config.group_size
-        self.uses_reference = config.kl_coefficient > 0
+        self.kl_coefficient = config.kl_coefficient
+        self.copies: tuple[str, ...] = ("reference",) if config.kl_coefficient > 0 else ()
+
+    def behaviour(self) -> Behaviour:
+        return Behaviour()
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
-        """[N] of trajectories or [D] of decisions, without gradients."""
+        """[N] of trajectories, [T] of turns or [D] of decisions, without gradients."""
         raise NotImplementedError(f"{type(self).__name__} must define advantages()")
 
     def targets(self, rollouts: Rollouts, policy: PolicyAccess) -> dict[str, Tensor]:
         """Columns of [D] that the loss reads: the advantages; an actor-critic adds the targets of its values."""
-        advantages = self.advantages(rollouts)
-        if advantages.shape == rollouts.returns.shape:
-            advantages = advantages.repeat_interleave(rollouts.decisions)
-        return {"advantages": advantages}
+        return {"advantages": rollouts.per_decision(self.advantages(rollouts))}
 
     def token_loss(self, batch: Batch, output: PolicyOutput) -> Tensor:
         """[D] loss of each decision, before entropy, divergence and aggregation."""
@@ -78,21 +115,28 @@ class PolicyGradient:
         """[D] further quantities to report as means over decisions, by name."""
         return {}
 
-    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
+    def stops(self, metrics: Mapping[str, float]) -> bool:
+        """Whether to leave the remaining minibatches of this iteration out, after a step with these metrics."""
+        return False
+
+    def prepare(
+        self, trajectories: Sequence[Trajectory], policy: PolicyAccess
+    ) -> Generator[Batch, Mapping[str, float] | None, None]:
         rollouts = Rollouts.of(trajectories)
         columns = {"old_logprobs": rollouts.old_logprobs}
-        if self.uses_reference:
-            reference = policy.evaluate_reference(trajectories).logprobs.float()
+        if self.copies:
+            reference = policy.evaluate(trajectories, "reference").logprobs.float()
             columns["reference_logprobs"] = reference
             if self.config.kl_in == "reward":
                 divergence = kl_estimate(rollouts.old_logprobs, reference, self.config.kl_estimator)
-                lowered = rollouts.returns - self.config.kl_coefficient * _sums(divergence, rollouts.decisions)
-                rollouts = replace(rollouts, returns=lowered)
+                rollouts = replace(rollouts, rewards=rollouts.rewards - self.kl_coefficient * divergence)
         columns |= self.targets(rollouts, policy)
         _check_columns(columns, int(rollouts.decisions.sum()))
         for _ in range(self.config.epochs):
             for chosen in _minibatches(rollouts.group, self.config.minibatches):
-                yield self._batch(rollouts, columns, chosen)
+                metrics = yield self._batch(rollouts, columns, chosen)
+                if metrics is not None and self.stops(metrics):
+                    return
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         config = self.config
@@ -105,14 +149,17 @@ class PolicyGradient:
         reported = {"policy/entropy": output.entropies, **self.metrics(batch, output)}
         if config.entropy_coefficient:
             per_decision = per_decision - config.entropy_coefficient * output.entropies
-        if self.uses_reference:
+        if self.copies:
             divergence = kl_estimate(output.logprobs, batch.reference_logprobs, config.kl_estimator)
             reported["policy/kl_reference"] = divergence
             if config.kl_in == "loss":
-                per_decision = per_decision + config.kl_coefficient * divergence
+                per_decision = per_decision + self.kl_coefficient * divergence
         total = (batch.weights * per_decision).sum()
         means = {name: (batch.share * values.detach()).sum() for name, values in reported.items()}
         return Loss(total, {"policy/loss": total.detach(), **means})
+
+    def report(self) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -138,7 +185,7 @@ def _check_columns(columns: Mapping[str, Tensor], decisions: int) -> None:
         if column.shape[:1] != (decisions,):
             raise TrainingError(
                 f"{name!r} has shape {tuple(column.shape)} for {decisions} decisions: expected one row for each "
-                "(advantages() may also return one for each trajectory)"
+                "(advantages() may also return one for each turn or trajectory)"
             )
 
 
@@ -156,8 +203,3 @@ def _minibatches(group: Tensor, count: int) -> list[list[int]]:
     order = torch.randperm(len(labels)).tolist()
     shares = [order[part::count] for part in range(min(count, len(labels)))]
     return [[number for place in share for number in members[labels[place]]] for share in shares]
-
-
-def _sums(values: Tensor, decisions: Tensor) -> Tensor:
-    """[N] sums over the decisions of each trajectory."""
-    return torch.stack([part.sum() for part in values.split(decisions.tolist())])

@@ -4,15 +4,17 @@ An iteration of the loop is: sample trajectories, `prepare` them into batches, a
 on `loss`. Everything that varies between algorithms is on this page:
 
 - A critic-free algorithm prepares advantages and a clipped loss.
-- An actor-critic declares a head `value`, evaluates it in `prepare`, adds its loss, and yields several epochs.
-- A value-based one declares a head of action values, `prepare` puts trajectories into its replay and yields batches
-  drawn from it, with targets from `policy.evaluate` of its own target weights.
+- An actor-critic declares a head `value`, evaluates it in `prepare`, also in the states that truncated episodes were
+  left in, adds its loss, and yields several epochs.
+- A value-based one declares a head of action values and acts by it, `prepare` puts trajectories into its replay and
+  yields batches drawn from it, with targets from a frozen copy of the policy that it updates now and then.
 - A supervised one sets `experience` to demonstrations: trajectories made of the examples' own answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 
 from rllava_core.errors import TrainingError
-from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import PolicyOutput
+from rllava_core.mdp.trajectory import ContextSegment, Stretch, Trajectory, stretches
+from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.policy import Head, PolicyOutput
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,17 @@ class Batch:
         return Batch(self.trajectories, {name: column.to(device) for name, column in self.columns.items()})
 
     def split(self, tokens: int) -> Iterator[Batch]:
-        """Micro-batches of whole trajectories of at most `tokens` tokens; a prompt shared in one counts once."""
+        """Micro-batches of whole trajectories of at most `tokens` tokens; what is shared in one counts once."""
         start = decisions = 0
         taken: list[Trajectory] = []
-        spent = 0
-        prompts: set[object] = set()
+        count = _TokenCount()
         for trajectory in self.trajectories:
-            own = sum(len(segment.tokens) for segment in trajectory.segments[1:])
-            prompt = trajectory.prompt
-            cost = own + (0 if prompt in prompts else len(prompt.tokens))
-            if taken and spent + cost > tokens:
+            if taken and count.with_another(trajectory) > tokens:
                 yield self._slice(taken, start, start + decisions)
-                start, decisions, taken, spent, prompts = start + decisions, 0, [], 0, set()
-                cost = own + len(prompt.tokens)
+                start, decisions, taken, count = start + decisions, 0, [], _TokenCount()
+            count.add(trajectory)
             taken.append(trajectory)
-            prompts.add(prompt)
             decisions += trajectory.decisions
-            spent += cost
         if taken:
             yield self._slice(taken, start, start + decisions)
 
@@ -100,12 +97,13 @@ LossFunction = Callable[[Batch, PolicyOutput], Loss]
 class PolicyAccess(Protocol):
     """What `prepare` may ask of the policy. Nothing here has gradients; results are on the CPU."""
 
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        """The policy as it is now on all decisions of the trajectories."""
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        """The policy as it is now, or one of the algorithm's frozen copies, on all decisions of the trajectories; the
+        heads also in the state that each truncated trajectory was left in (`PolicyOutput.final`)."""
         ...
 
-    def evaluate_reference(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        """The reference policy: the weights that training began with."""
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        """Move a frozen copy towards the policy as it is now: θ' ← (1 − rate)·θ' + rate·θ; 1 makes them equal."""
         ...
 
 
@@ -114,22 +112,34 @@ class Algorithm(Protocol):
 
     experience: what `prepare` is given: sampled episodes, or demonstrations made of the examples' answers.
     group_size: trajectories sampled of each example and seed.
-    uses_reference: whether the loop keeps a copy of the weights that training began with.
-    heads: name and size of further outputs that the policy must have in the state of each decision.
+    heads: name and shape of further outputs that the policy must have in the state of each decision.
+    copies: names of frozen copies of the policy that the engine keeps, each at first equal to the policy that training
+        began with: a reference policy, which stays so, or a target network.
     """
 
     experience: Literal["rollouts", "demonstrations"]
     group_size: int
-    uses_reference: bool
-    heads: Mapping[str, int]
+    heads: Mapping[str, Head]
+    copies: Sequence[str]
+
+    def behaviour(self) -> Behaviour:
+        """How the policy acts in the episodes of the next iteration; asked before each."""
+        ...
 
     def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterable[Batch]:
-        """Batches, one an optimizer step. Consumed one by one with the steps between, so that a generator may look
-        at what the last step did, and stop early."""
+        """Batches, one an optimizer step. Consumed one by one with the steps between.
+
+        A generator may look at what the last step did, for the metrics of the step are what its `yield` returns, and
+        stop early. It may also yield nothing, while experience is still being collected.
+        """
         ...
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         """The loss of a micro-batch, from the policy's output on it."""
+        ...
+
+    def report(self) -> Mapping[str, float]:
+        """Further metrics of the iteration that `prepare` was called for, by name; asked after its last step."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,3 +149,49 @@ class Algorithm(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         ...
+
+
+def fed_back(batches: Iterable[Batch], updates: Sequence[Mapping[str, float]]) -> Iterator[Batch]:
+    """The batches; a generator is sent the metrics of the step on the batch before."""
+    if not isinstance(batches, Generator):
+        yield from batches
+        return
+    with closing(batches):
+        try:
+            yield next(batches)
+            while True:
+                yield batches.send(updates[-1])
+        except StopIteration:
+            return
+
+
+class _TokenCount:
+    """How many tokens the trajectories of a micro-batch are, where those that are read once for several count once."""
+
+    def __init__(self) -> None:
+        self._begun: set[object] = set()
+        self._total = 0
+
+    def add(self, trajectory: Trajectory) -> None:
+        self._total = self.with_another(trajectory)
+        self._begun.update(_key(stretch) for stretch in stretches(trajectory.turns))
+
+    def with_another(self, trajectory: Trajectory) -> int:
+        """The number of tokens if this one came to those that were added."""
+        total = self._total
+        begun: set[object] = set()
+        for stretch in stretches(trajectory.turns):
+            key = _key(stretch)
+            if key not in self._begun and key not in begun:
+                begun.add(key)
+                total += sum(len(segment.tokens) for segment in stretch.begin)
+            total += sum(len(segment.tokens) for segment in stretch.rest)
+        # Each choice of several tokens is read along a path of its own.
+        choices = (choice for turn in trajectory.turns for choice in turn.action.choices or ())
+        return total + sum(len(choice) - 1 for choice in choices)
+
+
+def _key(stretch: Stretch) -> object:
+    return tuple(
+        (segment.tokens, segment.images if isinstance(segment, ContextSegment) else ()) for segment in stretch.begin
+    )

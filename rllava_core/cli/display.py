@@ -66,7 +66,7 @@ class Display:
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self.console.print(
             f"step {step:>5}  held-out success {evaluation.success_rate:.3f}  return {evaluation.return_mean:.3f}  "
-            f"({evaluation.episodes} episodes)"
+            f"turns {evaluation.turns_mean:.1f}  ({evaluation.episodes} episodes)"
         )
 
     def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -96,14 +96,18 @@ class Display:
         evaluations = summary["eval"]
         if evaluations:
             table = Table(title="Held-out episodes, greedy")
-            for heading in ("", "success", "return", "episodes"):
+            for heading in ("", "success", "return", "turns", "episodes"):
                 table.add_column(heading, justify="left" if not heading else "right")
             names = {"first": "before", "last": "last evaluation", "best": "best"}
             for key, name in names.items():
                 row = evaluations[key]
                 at = f" (step {row['step']})" if "step" in row else ""
                 table.add_row(
-                    name + at, f"{row['success_rate']:.3f}", f"{row['return_mean']:.3f}", str(row["episodes"])
+                    name + at,
+                    f"{row['success_rate']:.3f}",
+                    f"{row['return_mean']:.3f}",
+                    f"{row['turns_mean']:.1f}",
+                    str(row["episodes"]),
                 )
             self.console.print(table)
         done = "Completed" if summary["status"] == "completed" else "Interrupted after"
@@ -115,9 +119,10 @@ class Display:
             self.console.print(f"Go on with:  {self.resume_command}")
             return
         self.console.print(
-            f"Next:  rllava eval {self.directory} --swap-images   (is the image seen?)\n"
-            f"       {self.directory}/trajectories              (sampled answers with their images)\n"
-            f"       {self.directory}/checkpoints               (load them with transformers)"
+            f"Next:  rllava eval {self.directory} --swap-images     (is the image seen?)\n"
+            f"       rllava eval {self.directory} --save-episodes   (every episode as a picture)\n"
+            f"       {self.directory}/trajectories                (sampled answers with their images)\n"
+            f"       {self.directory}/checkpoints                 (load them with transformers)"
         )
 
 

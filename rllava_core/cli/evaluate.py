@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 )
 @click.option("--swap-images", is_flag=True, help="Ask each question with another example's images: are they seen?")
 @click.option(
+    "--save-episodes",
+    is_flag=True,
+    help="Draw each episode as a strip of its frames, actions and rewards: RUN_DIR/eval/episodes, or ./episodes.",
+)
+@click.option(
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write every answer as a line of JSON; default for a run: RUN_DIR/eval/answers.jsonl.",
 )
 def evaluate(
-    target: Path, overrides: tuple[str, ...], checkpoint: int | None, swap_images: bool, output: Path | None
+    target: Path,
+    overrides: tuple[str, ...],
+    checkpoint: int | None,
+    swap_images: bool,
+    save_episodes: bool,
+    output: Path | None,
 ) -> None:
     """Evaluate a CONFIG's model, or what the run in RUN_DIR has trained, on held-out episodes."""
     from rllava_core.config import load
@@ -44,22 +54,25 @@ def evaluate(
 
     from rllava_core.cli.display import quiet_libraries
     from rllava_core.training.build import build_parts
-    from rllava_core.training.episodes import Episodes
     from rllava_core.training.evaluation import evaluate as run
 
     quiet_libraries()
     weights = _checkpoint(target, checkpoint) if is_run else None
-    parts = build_parts(resolved, weights, learning=False)
-    episodes = Episodes(parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens)
     training = resolved.run.training
-    result = run(
-        parts.task, episodes, training.eval_episodes, training.seed, training.prompts_per_step, swap_images=swap_images
-    )
+    with build_parts(resolved, weights, learning=False) as parts:
+        chunk = training.prompts_per_step * parts.algorithm.group_size
+        result = run(parts.task, parts.episodes, training.eval_episodes, training.seed, chunk, swap_images=swap_images)
     if output is None and is_run:
         output = target / "eval" / ("answers-swapped-images.jsonl" if swap_images else "answers.jsonl")
     if output is not None:
         _write_answers(output, result)
     _show(result, weights or target, swap_images, output)
+    if save_episodes:
+        from rllava_core.training.strips import write_strips
+
+        directory = target / "eval" / "episodes" if is_run else Path("episodes")
+        write_strips(directory, result.trajectories, result.successes)
+        click.echo(f"Every episode is drawn in {directory}")
 
 
 def _checkpoint(run: Path, step: int | None) -> Path:
@@ -85,6 +98,9 @@ def _write_answers(path: Path, result: Evaluation) -> None:
                 "right_answer": trajectory.example.answer if trajectory.example else None,
                 "success": success,
                 "return": trajectory.episode_return,
+                "turns": len(trajectory.turns),
+                "actions": [action.text for action in trajectory.actions],
+                "truncation": trajectory.truncation,
                 **{f"reward/{name}": value for name, value in trajectory.scores.items()},
             },
             ensure_ascii=False,
@@ -107,6 +123,9 @@ def _show(result: Evaluation, weights: Path, swapped: bool, output: Path | None)
     table.add_column("mean", justify="right")
     table.add_row("success rate", f"{result.success_rate:.4f}")
     table.add_row("return", f"{result.return_mean:.4f}")
+    table.add_row("turns", f"{result.turns_mean:.2f}")
+    table.add_row("ms a turn, policy", f"{1000 * result.policy_seconds:.2f}")
+    table.add_row("ms a turn, environment", f"{1000 * result.environment_seconds:.2f}")
     for name, value in result.scores.items():
         table.add_row(f"reward {name}", f"{value:.4f}")
     console.print(f"Weights: {weights}")

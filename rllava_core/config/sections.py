@@ -75,6 +75,30 @@ class TaskSection(Options):
         default=(), description="reward functions; the first is the primary one, which decides success"
     )
     max_new_tokens: int = Field(default=64, ge=1, description="limit of tokens of one free-text action")
+    max_turns: int = Field(default=200, ge=1, description="an episode that goes on after so many turns is truncated")
+    max_episode_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="an episode is truncated before a turn that could bring the tokens shown and sampled in it beyond "
+        "this; null: no limit but the model's own",
+    )
+    history: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default="all",
+        description="how many turns the policy sees, the current one included: 1 shows it the current observation "
+        "only; the system messages of the first observation are always seen",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        description="processes that environments run in; 0: in this one, where an environment that raises ends the "
+        "run, while in a worker it ends its own episode",
+    )
+    worker_timeout: float = Field(
+        default=60.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that an environment in a worker may take for one reset or step",
+    )
 
     @field_validator("choices", mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from rllava_core.algorithms.protocol import Batch, LossFunction
 from rllava_core.engines.config import LocalTrainConfig
 from rllava_core.engines.protocol import TrainSetup
 from rllava_core.errors import ConfigError, TrainingError
-from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.policy import Policy, PolicyOutput
 
@@ -41,9 +41,10 @@ class LocalTrainEngine:
         self._wrapped, self._optimizer = self._accelerator.prepare(self.policy, optimizer)
         # Dropout would make the log-probs of sampling and training differ.
         self.policy.eval()
-        self._reference = setup.reference
-        if self._reference is not None:
-            self._reference.to(self._accelerator.device).eval().requires_grad_(False)
+        self._copies = dict(setup.copies)
+        self._updated: set[str] = set()
+        for copy in self._copies.values():
+            copy.to(self._accelerator.device).eval().requires_grad_(False)
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         metrics: dict[str, float] = defaultdict(float)
@@ -66,23 +67,63 @@ class LocalTrainEngine:
         self._optimizer.step()
         return {**metrics, "policy/grad_norm": float(norm), "policy/learning_rate": learning_rate}
 
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        return self._evaluate(self.policy, trajectories)
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        policy = self.policy if copy is None else self._copy(copy)
+        with torch.no_grad(), self.autocast():
+            # Packed as for a step, so that on unchanged weights a step finds the very same numbers.
+            micro_batches = Batch(tuple(trajectories), {}).split(self._training.micro_batch_tokens)
+            outputs = [policy(self._pack(micro.trajectories)) for micro in micro_batches]
+            final = self._final(policy, trajectories)
+        return PolicyOutput(
+            logprobs=torch.cat([output.logprobs for output in outputs]).float().cpu(),
+            entropies=torch.cat([output.entropies for output in outputs]).float().cpu(),
+            heads={name: torch.cat([output.heads[name] for output in outputs]).float().cpu() for name in policy.heads},
+            final=final,
+        )
 
-    def evaluate_reference(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        assert self._reference is not None, "the algorithm did not declare uses_reference"
-        return self._evaluate(self._reference, trajectories)
+    def _final(self, policy: Policy, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+        """Heads in the states that truncated trajectories were left in, zeros for the others: [N, size] each."""
+        final = {
+            name: torch.zeros(len(trajectories), head.out_features)
+            for name, head in policy.heads.items()
+            if isinstance(head, torch.nn.Linear)
+        }
+        left = [(number, item.final) for number, item in enumerate(trajectories) if item.final is not None]
+        for chunk in _chunks(left if final else [], self._training.micro_batch_tokens):
+            builder = BatchBuilder(policy.adapter, self._media)
+            rows = [builder.add_context(context, trajectories[number].name) for number, context in chunk]
+            numbers = [number for number, _ in chunk]
+            for name, values in policy.context_heads(builder.build().to(policy.device)).items():
+                final[name][numbers] = values[rows].float().cpu()
+        return final
+
+    @torch.no_grad()
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        target = self._copy(copy)
+        for old, new in zip(target.parameters(), self.policy.parameters(), strict=True):
+            old.lerp_(new, rate)
+        self._updated.add(copy)
 
     def autocast(self) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = self._accelerator.autocast()
         return context
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._optimizer.state_dict()
-        return {"optimizer": state}
+        # A copy that was never updated is the policy that training began with, which is made again from the config.
+        copies = {name: self._copies[name].state_dict() for name in sorted(self._updated)}
+        return {"optimizer": self._optimizer.state_dict(), "copies": copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
+        for name, weights in state["copies"].items():
+            self._copy(name).load_state_dict(weights)
+            self._updated.add(name)
+
+    def _copy(self, name: str) -> Policy:
+        if name not in self._copies:
+            kept = ", ".join(self._copies) or "none"
+            raise TrainingError(f"there is no copy {name!r} of the policy; the algorithm's `copies` are: {kept}")
+        return self._copies[name]
 
     def _pack(self, trajectories: Sequence[Trajectory]) -> PolicyBatch:
         builder = BatchBuilder(self.policy.adapter, self._media)
@@ -95,19 +136,22 @@ class LocalTrainEngine:
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped) if postponed else nullcontext()
         return context
 
-    @torch.no_grad()
-    def _evaluate(self, policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        outputs = []
-        with self.autocast():
-            for micro in Batch(tuple(trajectories), {}).split(self._training.micro_batch_tokens):
-                outputs.append(policy(self._pack(micro.trajectories)))
-        return PolicyOutput(
-            logprobs=torch.cat([output.logprobs for output in outputs]).float().cpu(),
-            entropies=torch.cat([output.entropies for output in outputs]).float().cpu(),
-            heads={
-                name: torch.cat([output.heads[name] for output in outputs]).float().cpu() for name in outputs[0].heads
-            },
-        )
+
+def _chunks(
+    contexts: Sequence[tuple[int, tuple[Segment, ...]]], tokens: int
+) -> Iterator[list[tuple[int, tuple[Segment, ...]]]]:
+    """Consecutive contexts of at most `tokens` tokens together; a longer one goes alone."""
+    chunk: list[tuple[int, tuple[Segment, ...]]] = []
+    spent = 0
+    for number, context in contexts:
+        length = sum(len(segment.tokens) for segment in context)
+        if chunk and spent + length > tokens:
+            yield chunk
+            chunk, spent = [], 0
+        chunk.append((number, context))
+        spent += length
+    if chunk:
+        yield chunk
 
 
 def _describe(batch: Batch) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rllava_core.algorithms.protocol import Batch, LossFunction
 from rllava_core.config import TrainingSection
 from rllava_core.mdp.trajectory import ActionSegment, Trajectory
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy, PolicyOutput
 from rllava_core.policy.sampling import Request
@@ -20,11 +21,11 @@ class TrainSetup:
     """What a train engine is given, beside its config.
 
     policy: on the CPU; the engine moves and wraps it.
-    reference: a frozen copy of the policy that training began with, where the algorithm uses one.
+    copies: by name, the frozen copies that the algorithm asked for, each equal to the policy that training began with.
     """
 
     policy: Policy
-    reference: Policy | None
+    copies: Mapping[str, Policy]
     media: MediaStore
     training: TrainingSection
 
@@ -45,12 +46,13 @@ class TrainEngine(Protocol):
         """
         ...
 
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        """The policy on all decisions, without gradients, on the CPU."""
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        """The policy, or one of the copies, on all decisions and in the states that truncated trajectories were left
+        in, without gradients, on the CPU."""
         ...
 
-    def evaluate_reference(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        """The reference policy on all decisions."""
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        """Move a copy towards the policy: θ' ← (1 − rate)·θ' + rate·θ."""
         ...
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -58,7 +60,7 @@ class TrainEngine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the weights: the optimizer's state."""
+        """What resuming needs beside the policy's weights: the optimizer's state, and the copies that were updated."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,10 +81,23 @@ class RolloutEngine(Protocol):
     """Samples actions. The target of an `engine` component that provides `rollout`, called with its config and a
     `RolloutSetup`."""
 
-    def generate(self, requests: Sequence[Request], seed: int | None) -> list[list[ActionSegment]]:
-        """`count` actions for each request, in order; the same seed gives the same actions, None the greedy ones."""
+    def generate(
+        self, requests: Sequence[Request], seed: int | None, behaviour: Behaviour | None = None
+    ) -> list[list[ActionSegment]]:
+        """`count` actions for each request, in order; the same seed gives the same actions, None the greedy ones.
+
+        Called once a turn with the requests of all episodes that are under way. An engine may keep what it has read:
+        the segments of a context that continues an earlier one are the same objects.
+
+        behaviour: how to act; None: by the policy's own distribution. An engine that can also act by the values of
+            heads says so in its spec: it provides `action_values`.
+        """
+        ...
+
+    def forget(self) -> None:
+        """The episodes are over: drop what was kept of their contexts."""
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Sample from these weights from now on."""
+        """Sample from these weights from now on, and keep nothing that older ones have read."""
         ...

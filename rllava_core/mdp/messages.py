@@ -73,7 +73,10 @@ class Transition:
 
     terminated: the episode reached a terminal state of the task.
     truncated: the episode was cut from outside (a limit of time or turns); its future would have had value.
-    observation: the next observation; None when the episode is over.
+    observation: the next observation. A truncated episode has one too, for the value of the state that it was left
+        in; when the episode is terminated, it may be None, and is only shown to people.
+    parsed: whether the environment could make sense of the action; where it could not, `reward` is the penalty that
+        it declares for that.
     info: for metrics and for people; `info["success"]`, where present, says whether the episode succeeded.
     """
 
@@ -81,6 +84,7 @@ class Transition:
     observation: Observation | None
     terminated: bool
     truncated: bool = False
+    parsed: bool = True
     info: Mapping[str, Any] = field(default_factory=dict)
 
     @property

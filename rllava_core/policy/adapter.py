@@ -20,7 +20,7 @@ class ModelAdapter(Protocol):
     """A model family. The target of a `model` component, called with its config (a `ModelConfig`).
 
     pad_token: token id for padding; never an image placeholder.
-    end_of_turn: token ids, any of which ends the assistant's turn.
+    end_of_turn: token ids, any of which ends the assistant's turn; the first is the one that the chat template writes.
     image_token: token id of the image placeholder; a rendered prompt holds one for each image feature.
     forbidden_tokens: ids that may never be sampled: placeholders, and ids for which the tokenizer has no token.
     context_length: longest sequence, in tokens, that the model's positions allow.
@@ -44,8 +44,15 @@ class ModelAdapter(Protocol):
         """How many image tokens this image becomes."""
         ...
 
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        """Token ids of a conversation up to where the assistant answers, image placeholders expanded."""
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation up to where the assistant answers, image placeholders expanded.
+
+        continues: the messages follow an answer of the assistant in a conversation that is under way. The ids are then
+        those after the token that ended the assistant's turn, so that the tokens of a whole conversation are those of
+        its first messages, of the answer, the end of turn, and these.
+        """
         ...
 
     def encode(self, text: str) -> tuple[int, ...]:

@@ -2,11 +2,14 @@
 
 What a batch holds, and why. Many trajectories share their beginning (a group shares its prompt with its images), and
 many decisions share their state. So a batch is a set of distinct *prefixes*, a set of distinct *branches* that
-continue a prefix, and *reads*: distinct positions whose hidden state is used. The policy runs each prefix once, then
-all branches on top of the prefixes' key-value cache, through which gradients flow. Every decision points at a read.
+continue a prefix, *twigs* that continue a branch somewhere in its middle, and *reads*: distinct positions whose hidden
+state is used. The policy runs each prefix once, then all branches on top of the prefixes' key-value cache, then all
+twigs on top of the branches', and gradients flow through the caches. Every decision points at a read.
 
 - A text decision is one token: its log-prob under the state that it was sampled in.
 - A choice is one decision: the scores of all choices (sums of their tokens' log-probs), normalised over the choices.
+- Turns of which each sees all that came before are one prefix and one branch; a turn that sees less is a prefix of its
+  own.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Stretch, Trajectory, stretches
 from rllava_core.policy.adapter import Features, ModelAdapter
 from rllava_core.policy.checks import check_context, check_trajectory
 from rllava_core.policy.media import MediaStore
@@ -29,11 +32,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """P prefixes, B branches, R reads, K scored tokens, U states with choices, D decisions. Padded on the right.
+    """P prefixes, B branches, W twigs, R reads, K scored tokens, U states with choices, D decisions.
 
-    Index tensors use -1 for padding.
+    Padded on the right. Index tensors use -1 for padding.
     """
 
+    prefix_seen: Tensor  # [P], row of the memory that each prefix continues; [0] where they begin conversations
     prefix_tokens: Tensor  # [P, S]
     prefix_mask: Tensor  # [P, S]
     prefix_positions: Tensor  # [axes, P, S]
@@ -44,10 +48,15 @@ class PolicyBatch:
     branch_mask: Tensor  # [B, T]
     branch_positions: Tensor  # [axes, B, T]
     branch_media: dict[str, Tensor]
-    read_from: Tensor  # [R], into the last hidden state of each prefix, then all of each branch: [P + B·T]
+    twig_branch: Tensor  # [W], which branch each twig continues
+    twig_offset: Tensor  # [W], how many tokens of the branch come before it
+    twig_tokens: Tensor  # [W, L]
+    twig_mask: Tensor  # [W, L]
+    twig_positions: Tensor  # [axes, W, L]
+    read_from: Tensor  # [R], into the last state of each prefix, all of each branch, all of each twig: [P + B·T + W·L]
     scored_read: Tensor  # [K], ascending, into reads
     scored_token: Tensor  # [K]
-    choice_tokens: Tensor  # [U, C, L], into scored tokens
+    choice_tokens: Tensor  # [U, C, M], into scored tokens
     state_read: Tensor  # [U], into reads: the state in which a choice is made
     decision_read: Tensor  # [D], into reads: the state in which each decision is made
     decision_logprob: Tensor  # [D], into scored tokens, then the flattened [U, C] choices: [K + U·C]
@@ -70,62 +79,47 @@ class BatchBuilder:
     def __init__(self, adapter: ModelAdapter, media: MediaStore) -> None:
         self._adapter = adapter
         self._media = media
-        self._prefixes = _Numbered[_Piece]()
-        self._branches = _Numbered[tuple[int, _Piece]]()
+        self._prefixes = _Numbered[tuple[int, _Piece]]()  # (row of the memory or -1, what follows)
+        self._branches = _Numbered[tuple[int, _Piece]]()  # (prefix, what follows)
+        self._twigs = _Numbered[tuple[int, int, _Piece]]()  # (branch, offset in it, what follows)
         self._reads = _Numbered[_Place]()
         self._scored = _Numbered[tuple[int, int]]()  # (read, token)
         self._states = _Numbered[tuple[int, tuple[tuple[int, ...], ...]]]()  # (read, scored tokens of each choice)
         self._decisions: list[_Decision] = []
         # The members of a group repeat each other's prompts, answers and choices.
-        self._known_trajectories: dict[object, list[_Decision]] = {}
         self._known_pieces: dict[object, _Piece] = {}
         self._known_states: dict[object, int] = {}
 
-    def add_context(self, segments: Sequence[Segment], name: str) -> int:
-        """A whole context as one prefix, for sampling. Returns its number; `name` is for messages."""
-        return self._prefixes.add(self._piece(segments, 0, name))
+    def add_context(self, segments: Sequence[Segment], name: str, seen: int = -1, start: int = 0) -> int:
+        """A whole context as one prefix. Returns its number; `name` is for messages.
+
+        seen, start: where the policy has read the beginning before: the row of its memory, and the first position that
+        is free; `segments` are then what follows.
+        """
+        return self._prefixes.add((seen, self._piece(segments, start, name)))
 
     def add_choices(self, prefix: int, choices: Sequence[tuple[int, ...]]) -> int:
         """The state at the end of a prefix with its discrete actions as token ids. Returns the state's number."""
-        return self._state(prefix, None, self._piece((), self._prefixes[prefix].next_position, ""), choices)
+        return self._state(prefix, None, 0, self._prefixes[prefix][1].next_position, choices)
 
     def add_trajectory(self, trajectory: Trajectory) -> None:
-        """Every decision of a trajectory, in order. Raises InvariantError, with its name, if it must not be trained on.
+        """Every decision of a trajectory, in order.
 
-        The prefix is its prompt; everything after it is a branch.
+        Raises InvariantError, with its name, if it must not be trained on.
         """
         check_trajectory(trajectory, self._adapter)
-        key = tuple(
-            (segment.tokens, segment.images)
-            if isinstance(segment, ContextSegment)
-            else (segment.tokens, segment.choice, segment.choices)
-            for segment in trajectory.segments
-        )
-        if key in self._known_trajectories:
-            self._decisions += self._known_trajectories[key]
-            return
-        first = len(self._decisions)
-        prompt, rest = trajectory.segments[:1], trajectory.segments[1:]
-        prefix = self._prefixes.add(self._piece(prompt, 0, trajectory.name))
-        tail = self._piece(rest, self._prefixes[prefix].next_position, trajectory.name)
-        # One branch serves all decisions; the last of them is predicted, so nothing after its state is needed.
-        last = rest[-1]
-        unread = 1 if isinstance(last, ActionSegment) and last.choice is None else len(last.tokens)
-        branch = self._branch(prefix, tail.cut(len(tail.tokens) - unread))
-        offset = 0
-        for segment in rest:
-            if isinstance(segment, ActionSegment):
-                self._add_decisions(prefix, branch, tail, offset, segment)
-            offset += len(segment.tokens)
-        self._known_trajectories[key] = self._decisions[first:]
+        for stretch in stretches(trajectory.turns):
+            self._add_stretch(stretch, trajectory.name)
 
     def build(self) -> PolicyBatch:
         """Everything that was added, padded."""
-        prefixes = list(self._prefixes)
+        prefixes = [piece for _, piece in self._prefixes]
         branches = [piece for _, piece in self._branches]
+        twigs = [piece for _, _, piece in self._twigs]
         prefix_tokens, prefix_mask, prefix_positions = self._pad(prefixes)
         branch_tokens, branch_mask, branch_positions = self._pad(branches)
-        width = branch_tokens.shape[1]
+        twig_tokens, twig_mask, twig_positions = self._pad(twigs)
+        shape = _Shape(len(prefixes), branch_tokens.shape[0], branch_tokens.shape[1], twig_tokens.shape[1])
         # The language head goes through the reads in order, so scored tokens are sorted by their read.
         scored = sorted(range(len(self._scored)), key=lambda number: self._scored[number][0])
         rank = {number: position for position, number in enumerate(scored)}
@@ -136,7 +130,10 @@ class BatchBuilder:
             for choice, numbers in enumerate(choices):
                 choice_tokens[state, choice, : len(numbers)] = torch.tensor([rank[number] for number in numbers])
         first_choice, first_state = len(scored), len(self._reads)
+        seen = [row for row, _ in self._prefixes]
+        assert len({row < 0 for row in seen}) <= 1, "prefixes begin conversations, or continue them: never both"
         return PolicyBatch(
+            prefix_seen=_integers(row for row in seen if row >= 0),
             prefix_tokens=prefix_tokens,
             prefix_mask=prefix_mask,
             prefix_positions=prefix_positions,
@@ -147,7 +144,12 @@ class BatchBuilder:
             branch_mask=branch_mask,
             branch_positions=branch_positions,
             branch_media=self._collate(branches),
-            read_from=_integers(place.index(len(prefixes), width) for place in self._reads),
+            twig_branch=_integers(branch for branch, _, _ in self._twigs),
+            twig_offset=_integers(offset for _, offset, _ in self._twigs),
+            twig_tokens=twig_tokens,
+            twig_mask=twig_mask,
+            twig_positions=twig_positions,
+            read_from=_integers(place.index(shape) for place in self._reads),
             scored_read=_integers(self._scored[number][0] for number in scored),
             scored_token=_integers(self._scored[number][1] for number in scored),
             choice_tokens=choice_tokens,
@@ -165,33 +167,61 @@ class BatchBuilder:
             ),
         )
 
+    def _add_stretch(self, stretch: Stretch, name: str) -> None:
+        prefix = self.add_context(stretch.begin, name)
+        tail = self._piece(stretch.rest, self._prefixes[prefix][1].next_position, name)
+        # One branch serves all decisions; the last of them is predicted, so nothing after its state is needed.
+        last = stretch.rest[-1]
+        unread = 1 if isinstance(last, ActionSegment) and last.choice is None else len(last.tokens)
+        branch = self._branch(prefix, tail.cut(len(tail.tokens) - unread))
+        offset = 0
+        for segment in stretch.rest:
+            if isinstance(segment, ActionSegment):
+                self._add_decisions(prefix, branch, tail, offset, segment)
+            offset += len(segment.tokens)
+
     def _add_decisions(self, prefix: int, branch: int | None, tail: _Piece, offset: int, action: ActionSegment) -> None:
         if action.choice is not None and action.choices is not None:
-            state = self._state(prefix, branch, tail.cut(offset), action.choices)
+            position = tail.position(offset)
+            state = self._state(prefix, branch, offset, position, action.choices)
             self._decisions.append(_Decision(self._states[state][0], state=state, choice=action.choice))
             return
         for step, token in enumerate(action.tokens):
             read = self._read(prefix, branch, offset + step)
             self._decisions.append(_Decision(read, scored=self._scored.add((read, token))))
 
-    def _state(self, prefix: int, branch: int | None, history: _Piece, choices: Sequence[tuple[int, ...]]) -> int:
-        """The state after `history`, which `branch` (or the prefix alone) begins with, and its choices.
+    def _state(
+        self, prefix: int, branch: int | None, offset: int, position: int, choices: Sequence[tuple[int, ...]]
+    ) -> int:
+        """The state after `offset` tokens of a branch, or at the end of a prefix (offset 0), and its choices.
 
-        A choice of several tokens is scored along a branch of its own; its last token needs no forward pass, so
-        choices of one token cost nothing beyond the state itself.
+        A choice of several tokens is scored along a branch, or twig, of its own; its last token needs no forward pass,
+        so choices of one token cost nothing beyond the state itself.
         """
-        key = (prefix, history, tuple(choices))
+        read = self._read(prefix, branch, offset)
+        key = (read, tuple(choices))
         if key in self._known_states:
             return self._known_states[key]
-        offset = len(history.tokens)
-        read = self._read(prefix, branch, offset)
         scored = []
         for choice in choices:
-            own = self._branch(prefix, self._extended(history, choice[:-1])) if len(choice) > 1 else None
-            reads = [read, *(self._read(prefix, own, offset + step) for step in range(1, len(choice)))]
+            reads = [read]
+            if len(choice) > 1:
+                own = self._extended(_nothing(position), choice[:-1])
+                places = self._offshoot(prefix, branch, offset, own)
+                reads += [self._reads.add(place) for place in places]
             scored.append(tuple(self._scored.add(pair) for pair in zip(reads, choice, strict=True)))
         state = self._known_states[key] = self._states.add((read, tuple(scored)))
         return state
+
+    def _offshoot(self, prefix: int, branch: int | None, offset: int, piece: _Piece) -> list[_Place]:
+        """The states after each token of a piece that leaves a branch, or the end of a prefix."""
+        steps = range(1, len(piece.tokens) + 1)
+        if offset == 0:
+            own = self._branch(prefix, piece)
+            return [_Place(prefix, own, step) for step in steps]
+        assert branch is not None
+        twig = self._twigs.add((branch, offset, piece))
+        return [_Place(prefix, branch, step, twig) for step in steps]
 
     def _branch(self, prefix: int, piece: _Piece) -> int | None:
         return self._branches.add((prefix, piece)) if piece.tokens else None
@@ -203,7 +233,7 @@ class BatchBuilder:
         key = (start, tuple((segment.tokens, _images(segment)) for segment in segments))
         if key in self._known_pieces:
             return self._known_pieces[key]
-        piece = _Piece((), (), (), torch.zeros(0, 0, dtype=torch.long), start)
+        piece = _nothing(start)
         for segment in segments:
             images = _images(segment)
             features = self._media.features(images)
@@ -229,7 +259,7 @@ class BatchBuilder:
     def _pad(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [N, T], mask [N, T], positions [axes, N, T]."""
         width = max((len(piece.tokens) for piece in pieces), default=0)
-        axes = self._prefixes[0].positions.shape[0]
+        axes = self._prefixes[0][1].positions.shape[0]
         tokens = torch.full((len(pieces), width), self._adapter.pad_token)
         mask = torch.zeros(len(pieces), width, dtype=torch.long)
         positions = torch.zeros(axes, len(pieces), width, dtype=torch.long)
@@ -261,8 +291,11 @@ class _Piece:
             return self
         kept = sum(1 for _, end in self.digests if end <= length)
         positions = self.positions[:, :length]
-        following = int(self.positions[:, length].min())  # cuts fall on segment borders or between text tokens
-        return _Piece(self.tokens[:length], self.digests[:kept], self.features[:kept], positions, following)
+        return _Piece(self.tokens[:length], self.digests[:kept], self.features[:kept], positions, self.position(length))
+
+    def position(self, offset: int) -> int:
+        """Position of the token at `offset`: on a segment's border or between text tokens, where all axes agree."""
+        return self.next_position if offset >= len(self.tokens) else int(self.positions[:, offset].min())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Piece) and self._key == other._key
@@ -275,17 +308,37 @@ class _Piece:
         return self.tokens, self.digests
 
 
+def _nothing(start: int) -> _Piece:
+    return _Piece((), (), (), torch.zeros(0, 0, dtype=torch.long), start)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How many prefixes and branches a batch has, and how wide branches and twigs are padded."""
+
+    prefixes: int
+    branches: int
+    branch_width: int
+    twig_width: int
+
+
 @dataclass(frozen=True)
 class _Place:
-    """The state after `offset` tokens of a branch; offset 0 is the end of the prefix itself."""
+    """The state after `offset` tokens of a twig, or else of a branch; offset 0 is the end of the prefix itself."""
 
     prefix: int
     branch: int | None
     offset: int
+    twig: int | None = None
 
-    def index(self, prefixes: int, width: int) -> int:
-        """Into the last hidden state of each prefix, then all of each branch."""
-        return self.prefix if self.branch is None else prefixes + self.branch * width + self.offset - 1
+    def index(self, shape: _Shape) -> int:
+        """Into the last hidden state of each prefix, then all of each branch, then all of each twig."""
+        if self.twig is not None:
+            first = shape.prefixes + shape.branches * shape.branch_width
+            return first + self.twig * shape.twig_width + self.offset - 1
+        if self.branch is None:
+            return self.prefix
+        return shape.prefixes + self.branch * shape.branch_width + self.offset - 1
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from rllava_core.errors import InvariantError, ModelError
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.mdp.trajectory import ContextSegment, Segment, Trajectory
 from rllava_core.policy.adapter import Features, ModelAdapter
 
 
@@ -35,14 +35,17 @@ def check_length(length: int, adapter: ModelAdapter, name: str) -> None:
 
 
 def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
-    """Segments, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError."""
+    """Contexts, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError."""
     name = trajectory.name
-    segments = trajectory.segments
-    if not isinstance(segments[0], ContextSegment) or not isinstance(segments[-1], ActionSegment):
-        raise InvariantError(f"{name}: a trajectory begins with a prompt and ends with an action")
-    check_length(sum(len(segment.tokens) for segment in segments), adapter, name)
-    for turn, action in enumerate(trajectory.actions):
-        where = f"{name}, turn {turn + 1}"
+    if not trajectory.turns:
+        raise InvariantError(f"{name}: a trajectory without turns")
+    if trajectory.final is not None and trajectory.terminated:
+        raise InvariantError(f"{name}: a terminated episode has no state in which it was left")
+    if trajectory.final is not None:
+        _check_shown(trajectory.final, 0, adapter, name)
+    for number, turn in enumerate(trajectory.turns):
+        where, action = f"{name}, turn {number + 1}", turn.action
+        _check_shown(turn.context, len(action.tokens), adapter, where)
         if not action.tokens:
             raise InvariantError(f"{where}: an action without tokens")
         if action.logprobs.shape != (action.decisions,):
@@ -57,6 +60,13 @@ def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
         forbidden = set(action.tokens).intersection(adapter.forbidden_tokens)
         if forbidden:
             raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {sorted(forbidden)}")
+
+
+def _check_shown(context: Sequence[Segment], more: int, adapter: ModelAdapter, where: str) -> None:
+    """A context begins and ends with something shown, and leaves room for `more` tokens."""
+    if not context or not all(isinstance(context[place], ContextSegment) for place in (0, -1)):
+        raise InvariantError(f"{where}: what the policy sees begins and ends with what the environment showed")
+    check_length(sum(len(segment.tokens) for segment in context) + more, adapter, where)
 
 
 def check_recomputed(trajectories: Sequence[Trajectory], logprobs: torch.Tensor, limit: float) -> float:

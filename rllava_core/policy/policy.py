@@ -2,52 +2,100 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from rllava_core.errors import TrainingError
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.logprobs import at_least_float32, chunked_logprobs, log_softmax_of
 
 
 @dataclass(frozen=True)
+class Head:
+    """A further linear output of the policy, in the state of each decision.
+
+    size: how many numbers; `choices`: as many as the environment offers choices.
+    own_trunk: read the states of a second model, at first equal to the policy's and trained beside it (a separate
+        critic), not those of the policy itself. All such heads share one.
+    """
+
+    size: int | Literal["choices"]
+    own_trunk: bool = False
+
+
+@dataclass(frozen=True)
 class PolicyOutput:
-    """What an algorithm sees of the policy, for the D decisions of a batch.
+    """What an algorithm sees of the policy, for the D decisions of the N trajectories of a batch.
 
     logprobs: [D] log-prob of each decision.
     entropies: [D] entropy (nats) of the distribution that each decision was drawn from.
     heads: [D, size] outputs of the heads that the algorithm declared, in the state of each decision.
+    final: [N, size] their outputs in the state that each truncated trajectory was left in, zeros for the others; only
+        where the policy is evaluated, not in the output that a loss is given.
     """
 
     logprobs: Tensor
     entropies: Tensor
     heads: Mapping[str, Tensor]
+    final: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the model keeps of N contexts that it has read, so that their continuations need not read them again.
+
+    last: [N, H] hidden state at the end of each.
+    cache: their keys and values.
+    mask: [N, S] which entries of the cache are theirs.
+    next_position: [N] where a continuation of each starts.
+    """
+
+    last: Tensor
+    cache: DynamicCache
+    mask: Tensor
+    next_position: Tensor
+
+    def continued(self, rows: Tensor) -> Memory:
+        """These rows, with a cache that can be added to while this one stays as it is."""
+        cache = selected(self.cache, rows, len(self.mask))
+        return Memory(self.last[rows], cache, self.mask[rows], self.next_position[rows])
 
 
 class Policy(nn.Module):
     """A vision-language model as a policy.
 
-    heads: name and output size of further linear heads on the hidden state of a decision (a value, action values).
+    heads: further linear outputs in the state of a decision (a value, action values), by name.
     temperature: of the softmax, while sampling and while training alike.
+    trunk: a second model for the heads that do not read the policy's own states; needed if there are any.
+
+    Raises TrainingError for a head whose size is not known.
     """
 
     def __init__(
         self,
         adapter: ModelAdapter,
         model: PreTrainedModel,
-        heads: Mapping[str, int] | None = None,
+        heads: Mapping[str, Head] | None = None,
         temperature: float = 1.0,
+        trunk: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
         self.adapter = adapter
         self.model = model
         self.temperature = temperature
+        self.separate = frozenset(name for name, head in (heads or {}).items() if head.own_trunk)
+        self.trunk = trunk if self.separate else None
+        if self.separate and trunk is None:
+            raise TrainingError(f"head {min(self.separate)!r} reads a trunk of its own, and there is none")
         hidden = model.config.get_text_config().hidden_size
-        self.heads = nn.ModuleDict({name: nn.Linear(hidden, size) for name, size in (heads or {}).items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(hidden, _size(name, head)) for name, head in (heads or {}).items()})
         forbidden = torch.zeros(_vocabulary(adapter, model), dtype=torch.bool)
         forbidden[list(adapter.forbidden_tokens)] = True
         self.forbidden: Tensor
@@ -59,58 +107,129 @@ class Policy(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs, entropies and heads of every decision of the batch."""
-        states = self._states(batch)
+        states = self._states(self.model, batch)
         scored, entropies = self._score(batch, states)
         choices = _normalise_choices(batch, scored)
-        decided = states[batch.decision_read]
+        trunk_states = states if self.trunk is None else self._states(self.trunk, batch)
+        read = {name: trunk_states if name in self.separate else states for name in self.heads}
         return PolicyOutput(
             logprobs=torch.cat([scored, choices.flatten()])[batch.decision_logprob],
             entropies=torch.cat([entropies, _entropy(choices)])[batch.decision_entropy],
-            heads={name: at_least_float32(head(at_least_float32(decided))) for name, head in self.heads.items()},
+            heads={name: self._head(name, values[batch.decision_read]) for name, values in read.items()},
         )
 
-    def choice_logprobs(self, batch: PolicyBatch) -> Tensor:
-        """[U, C] log-probs of all choices in each state with choices; -inf where a state has fewer."""
-        scored, _ = self._score(batch, self._states(batch))
+    def prefill(self, batch: PolicyBatch, memory: Memory | None = None) -> Memory:
+        """Read the prefixes of a batch, which begin conversations or continue rows of a memory.
+
+        The memory given is left as it is.
+        """
+        return self._prefill(self.model, batch, memory)
+
+    def choice_logprobs(self, batch: PolicyBatch, memory: Memory) -> Tensor:
+        """[U, C] log-probs of all choices in each state with choices; -inf where a state has fewer.
+
+        memory: what `prefill` made of the same batch.
+        """
+        scored, _ = self._score(batch, self._continue(self.model, batch, memory))
         return _normalise_choices(batch, scored)
 
-    def prefill(self, batch: PolicyBatch) -> tuple[Tensor, DynamicCache]:
-        """[P, H] hidden state at the end of each prefix, and the prefixes' key-value cache."""
-        cache = DynamicCache(config=self.model.config)
-        hidden = self.adapter.hidden_states(
-            self.model,
-            tokens=batch.prefix_tokens,
-            attention_mask=batch.prefix_mask,
-            positions=batch.prefix_positions,
-            media=batch.prefix_media,
-            cache=cache,
-        )
-        ends = batch.prefix_mask.sum(dim=1) - 1
-        return hidden[torch.arange(len(ends), device=ends.device), ends], cache
+    def context_heads(self, batch: PolicyBatch) -> dict[str, Tensor]:
+        """Outputs of all heads at the end of each prefix of a batch, [P, size] each."""
+        last = self._prefill(self.model, batch, None).last
+        trunk_last = last if self.trunk is None else self._prefill(self.trunk, batch, None).last
+        return {name: self._head(name, trunk_last if name in self.separate else last) for name in self.heads}
 
     def next_token_logprobs(self, hidden: Tensor) -> Tensor:
         """[N, V] log-probs of the next token from [N, H] hidden states; forbidden tokens at -inf."""
         return log_softmax_of(hidden, self.adapter.lm_head(self.model), self.forbidden, self.temperature)
 
-    def _states(self, batch: PolicyBatch) -> Tensor:
-        """[R, H]: every prefix once, every branch once on top of the prefixes' cache; then the states that are read."""
-        states, cache = self.prefill(batch)
+    def head_outputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Outputs of the heads that read the policy's own states, [N, size] each, from [N, H] hidden states."""
+        return {name: self._head(name, hidden) for name in self.heads if name not in self.separate}
+
+    def extra_state(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that are not the model's: heads, and their trunk if they have one."""
+        return {"heads": self.heads.state_dict(), "trunk": {} if self.trunk is None else self.trunk.state_dict()}
+
+    def load_extra_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `extra_state` returned."""
+        self.heads.load_state_dict(state["heads"])
+        if self.trunk is not None:
+            self.trunk.load_state_dict(state["trunk"])
+
+    def _head(self, name: str, states: Tensor) -> Tensor:
+        return at_least_float32(self.heads[name](at_least_float32(states)))
+
+    def _states(self, model: PreTrainedModel, batch: PolicyBatch) -> Tensor:
+        """[R, H]: every prefix, branch and twig once; then the states that are read."""
+        return self._continue(model, batch, self._prefill(model, batch, None))
+
+    def _prefill(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory | None) -> Memory:
+        if memory is None:
+            cache, mask = DynamicCache(config=model.config), batch.prefix_mask
+        else:
+            cache = selected(memory.cache, batch.prefix_seen, len(memory.mask))
+            mask = torch.cat([memory.mask[batch.prefix_seen], batch.prefix_mask], dim=1)
+        hidden = self.adapter.hidden_states(
+            model,
+            tokens=batch.prefix_tokens,
+            attention_mask=mask,
+            positions=batch.prefix_positions,
+            media=batch.prefix_media,
+            cache=cache,
+        )
+        ends = batch.prefix_mask.sum(dim=1) - 1
+        last = hidden[torch.arange(len(ends), device=ends.device), ends]
+        return Memory(last, cache, mask, batch.next_position)
+
+    def _continue(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory) -> Tensor:
+        """[R, H]: branches on top of the prefixes' cache, twigs on top of the branches'."""
+        states = [memory.last]
         if batch.branch_prefix.numel():
-            cache.batch_select_indices(batch.branch_prefix)
+            cache = selected(memory.cache, batch.branch_prefix, len(memory.mask))
+            before = memory.mask[batch.branch_prefix]
             branches = self.adapter.hidden_states(
-                self.model,
+                model,
                 tokens=batch.branch_tokens,
-                attention_mask=torch.cat([batch.prefix_mask[batch.branch_prefix], batch.branch_mask], dim=1),
+                attention_mask=torch.cat([before, batch.branch_mask], dim=1),
                 positions=batch.branch_positions,
                 media=batch.branch_media,
                 cache=cache,
             )
-            states = torch.cat([states, branches.flatten(0, 1)])
-        return states[batch.read_from]
+            states.append(branches.flatten(0, 1))
+            if batch.twig_branch.numel():
+                columns = torch.arange(batch.branch_mask.shape[1], device=batch.branch_mask.device)
+                reached = (columns < batch.twig_offset[:, None]).to(before.dtype)  # [W, T]
+                twigs = self.adapter.hidden_states(
+                    model,
+                    tokens=batch.twig_tokens,
+                    attention_mask=torch.cat([before[batch.twig_branch], reached, batch.twig_mask], dim=1),
+                    positions=batch.twig_positions,
+                    media={},
+                    cache=selected(cache, batch.twig_branch, len(before)),
+                )
+                states.append(twigs.flatten(0, 1))
+        return torch.cat(states)[batch.read_from]
 
     def _score(self, batch: PolicyBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         head = self.adapter.lm_head(self.model)
         return chunked_logprobs(states, head, batch.scored_read, batch.scored_token, self.forbidden, self.temperature)
+
+
+def selected(cache: DynamicCache, rows: Tensor, count: int) -> DynamicCache:
+    """A cache of these rows of another of `count` rows, which stays as it is."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    # Layers replace their tensors when they grow, so those of all rows, in their order, need not be copied.
+    if not torch.equal(rows, torch.arange(count, device=rows.device)):
+        chosen.batch_select_indices(rows)
+    return chosen
+
+
+def _size(name: str, head: Head) -> int:
+    if head.size == "choices":
+        raise TrainingError(f"head {name!r} has one output a choice, and nobody has said how many choices there are")
+    return head.size
 
 
 def _vocabulary(adapter: ModelAdapter, model: PreTrainedModel) -> int:

@@ -1,19 +1,21 @@
-"""Sampling: an explicit decode loop over a key-value cache. A context is prefilled once for all its samples."""
+"""Sampling: an explicit decode loop over a key-value cache, which is kept from one turn of an episode to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.checks import check_length
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy
+from rllava_core.policy.policy import Memory, Policy
 
 
 @dataclass(frozen=True)
@@ -34,85 +36,210 @@ class Request:
     choices: tuple[tuple[int, ...], ...] | None = None
     choice_texts: tuple[str, ...] = ()
 
-
-@torch.inference_mode()
-def sample(
-    policy: Policy, media: MediaStore, requests: Sequence[Request], generator: Generator | None
-) -> list[list[ActionSegment]]:
-    """`count` actions for each request, with the log-prob of every decision. Greedy without a generator."""
-    results: list[list[ActionSegment]] = [[] for _ in requests]
-    for kind in (_sample_choices, _sample_text):
-        own = [
-            number
-            for number, request in enumerate(requests)
-            if (request.choices is not None) == (kind is _sample_choices)
-        ]
-        if own:
-            answers = kind(policy, media, [requests[number] for number in own], generator)
-            for number, answer in zip(own, answers, strict=True):
-                results[number] = answer
-    return results
+    @property
+    def length(self) -> int:
+        """Tokens of the context and of the longest action."""
+        longest = self.max_tokens if self.choices is None else max(map(len, self.choices))
+        return sum(len(segment.tokens) for segment in self.context) + longest
 
 
-def _sample_choices(
-    policy: Policy, media: MediaStore, requests: Sequence[Request], generator: Generator | None
-) -> list[list[ActionSegment]]:
-    builder = BatchBuilder(policy.adapter, media)
-    states = []
-    for request in requests:
-        assert request.choices is not None
-        check_length(_length(request) + max(map(len, request.choices)), policy.adapter, request.name)
-        states.append(builder.add_choices(builder.add_context(request.context, request.name), request.choices))
-    logprobs = policy.choice_logprobs(builder.build().to(policy.device))  # [U, C]
-    results = []
-    for request, state in zip(requests, states, strict=True):
-        assert request.choices is not None
-        row = logprobs[state]
-        drawn = _draw(row.expand(request.count, -1), generator)
-        results.append(
-            [
-                ActionSegment(
-                    tokens=request.choices[index],
-                    logprobs=np.array([row[index].item()], dtype=np.float32),
-                    text=request.choice_texts[index],
-                    choice=index,
-                    choices=request.choices,
-                )
-                for index in drawn.tolist()
-            ]
-        )
-    return results
+class Sampler:
+    """Samples actions, and keeps what the policy has read for requests that continue it.
+
+    A request whose context is that of a request of the call before, an action and an observation (the very same
+    objects), reads these two only. What no request of a call continues is dropped.
+    """
+
+    def __init__(self, policy: Policy, media: MediaStore) -> None:
+        self._policy = policy
+        self._media = media
+        self._kept: list[_Kept] = []
+
+    def forget(self) -> None:
+        """Drop what was kept: the weights have changed, or the episodes are over."""
+        self._kept = []
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        requests: Sequence[Request],
+        generator: Generator | None,
+        behaviour: Behaviour | None = None,
+        max_sequences: int = 512,
+    ) -> list[list[ActionSegment]]:
+        """`count` actions for each request, with the log-prob of every decision. Greedy without a generator.
+
+        max_sequences: how many are sampled at once.
+        """
+        for request in requests:
+            check_length(request.length, self._policy.adapter, request.name)
+        behaviour = behaviour or Behaviour()
+        kept: list[_Kept] = []
+        results: dict[int, list[ActionSegment]] = {}
+        for chunk in self._chunks(requests, max_sequences):
+            asked = [requests[number] for number in chunk.numbers]
+            actions, memory = self._answer(asked, chunk.kept, generator, behaviour)
+            results.update(zip(chunk.numbers, actions, strict=True))
+            kept.append(memory)
+        self._kept = kept
+        return [results[number] for number in range(len(requests))]
+
+    def _chunks(self, requests: Sequence[Request], limit: int) -> Iterator[_Chunk]:
+        """Requests of one kind that continue the same memory, or that continue none, in their order."""
+        chunks: list[_Chunk] = []
+        for number, request in enumerate(requests):
+            key = _key(request.context[:-2])
+            kept = next((item for item in self._kept if key in item.rows), None)
+            free = (
+                chunk
+                for chunk in chunks
+                if chunk.kept is kept
+                and chunk.discrete == (request.choices is not None)
+                and chunk.sequences + request.count <= limit
+            )
+            chunk = next(free, None)
+            if chunk is None:  # a group that is larger than the limit goes alone
+                chunk = _Chunk(kept, request.choices is not None, [], 0)
+                chunks.append(chunk)
+            chunk.numbers.append(number)
+            chunk.sequences += request.count
+        yield from chunks
+
+    def _answer(
+        self, requests: Sequence[Request], kept: _Kept | None, generator: Generator | None, behaviour: Behaviour
+    ) -> tuple[list[list[ActionSegment]], _Kept]:
+        builder = BatchBuilder(self._policy.adapter, self._media)
+        rows = []
+        for request in requests:
+            if kept is None:
+                rows.append(builder.add_context(request.context, request.name))
+            else:
+                seen = kept.rows[_key(request.context[:-2])]
+                start = kept.next_positions[seen]
+                rows.append(builder.add_context(request.context[-2:], request.name, seen, start))
+        before = None if kept is None else kept.memory
+        if requests[0].choices is not None:
+            actions, memory = self._choose(builder, requests, rows, before, generator, behaviour)
+        elif behaviour.is_policy:
+            actions, memory = self._write(builder, requests, rows, before, generator)
+        else:
+            raise TrainingError(
+                f"{requests[0].name}: the algorithm acts by the values of choices, or at random among them, and the "
+                "environment asks for free text"
+            )
+        contexts = [request.context for request in requests]
+        known = {_key(context): row for context, row in zip(contexts, rows, strict=True)}
+        return actions, _Kept(memory, memory.next_position.tolist(), known, contexts)
+
+    def _choose(
+        self,
+        builder: BatchBuilder,
+        requests: Sequence[Request],
+        rows: Sequence[int],
+        before: Memory | None,
+        generator: Generator | None,
+        behaviour: Behaviour,
+    ) -> tuple[list[list[ActionSegment]], Memory]:
+        policy = self._policy
+        offered = [request.choices or () for request in requests]
+        states = []
+        if behaviour.action_values is None:
+            states = [builder.add_choices(row, choices) for row, choices in zip(rows, offered, strict=True)]
+        batch = builder.build().to(policy.device)
+        memory = policy.prefill(batch, before)
+        counts = torch.tensor([len(choices) for choices in offered], device=policy.device)
+        if behaviour.action_values is None:
+            logprobs = policy.choice_logprobs(batch, memory)[states]  # [requests, C]
+        else:
+            values = behaviour.action_values(policy.head_outputs(memory.last))[rows]
+            logprobs = _best(values, counts, requests)
+        if generator is not None and behaviour.epsilon > 0:
+            logprobs = _mixed(logprobs, counts, behaviour.epsilon)
+        results = []
+        for request, row in zip(requests, logprobs, strict=True):
+            assert request.choices is not None
+            drawn = _draw(row.expand(request.count, -1), generator).tolist()
+            chosen = row[drawn].tolist()
+            results.append(
+                [
+                    ActionSegment(
+                        tokens=request.choices[index],
+                        logprobs=np.array([logprob], dtype=np.float32),
+                        text=request.choice_texts[index],
+                        choice=index,
+                        choices=request.choices,
+                    )
+                    for index, logprob in zip(drawn, chosen, strict=True)
+                ]
+            )
+        return results, memory
+
+    def _write(
+        self,
+        builder: BatchBuilder,
+        requests: Sequence[Request],
+        rows: Sequence[int],
+        before: Memory | None,
+        generator: Generator | None,
+    ) -> tuple[list[list[ActionSegment]], Memory]:
+        policy = self._policy
+        batch = builder.build().to(policy.device)
+        memory = policy.prefill(batch, before)
+        sequences = [row for row, request in zip(rows, requests, strict=True) for _ in range(request.count)]
+        limits = [request.max_tokens for request in requests for _ in range(request.count)]
+        answers = iter(_decode(policy, batch, memory, sequences, limits, generator))
+        actions = [[_action(policy, *next(answers)) for _ in range(request.count)] for request in requests]
+        return actions, memory
 
 
-def _sample_text(
-    policy: Policy, media: MediaStore, requests: Sequence[Request], generator: Generator | None
-) -> list[list[ActionSegment]]:
-    builder = BatchBuilder(policy.adapter, media)
-    prefixes, limits = [], []
-    for request in requests:
-        check_length(_length(request) + request.max_tokens, policy.adapter, request.name)
-        prefixes += [builder.add_context(request.context, request.name)] * request.count
-        limits += [request.max_tokens] * request.count
-    batch = builder.build().to(policy.device)
-    answers = _decode(policy, batch, torch.tensor(prefixes, device=policy.device), limits, generator)
-    waiting = iter(answers)
-    return [[_action(policy, *next(waiting)) for _ in range(request.count)] for request in requests]
+@dataclass
+class _Chunk:
+    """Requests, by number, that are answered together."""
+
+    kept: _Kept | None
+    discrete: bool
+    numbers: list[int]
+    sequences: int
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the policy has read: the row of its memory for each context, which is known by the identity of its segments.
+
+    contexts: held so that no other segment can take the identity of one of theirs.
+    """
+
+    memory: Memory
+    next_positions: list[int]
+    rows: dict[tuple[int, ...], int]
+    contexts: list[tuple[Segment, ...]]
+
+
+def _key(context: Sequence[Segment]) -> tuple[int, ...]:
+    return tuple(map(id, context))
 
 
 def _decode(
-    policy: Policy, batch: PolicyBatch, prefix: Tensor, limits: Sequence[int], generator: Generator | None
+    policy: Policy,
+    batch: PolicyBatch,
+    memory: Memory,
+    sequences: Sequence[int],
+    limits: Sequence[int],
+    generator: Generator | None,
 ) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log-probs of one sequence for each entry of `prefix` [N]; finished sequences leave the batch."""
+    """Tokens and log-probs of one answer for each entry of `sequences`, the row of the memory that it continues.
+
+    Sequences that have ended leave the batch.
+    """
     adapter = policy.adapter
     answers: list[tuple[list[int], list[float]]] = [([], []) for _ in limits]
-    last, cache = policy.prefill(batch)
-    logprobs = policy.next_token_logprobs(last)[prefix]  # [N, V]
-    cache.batch_select_indices(prefix)
-    mask = batch.prefix_mask[prefix]
-    position = batch.next_position[prefix]
-    running = torch.arange(len(limits), device=prefix.device)
-    limit = torch.tensor(limits, device=prefix.device)
-    ends = torch.tensor(adapter.end_of_turn, device=prefix.device)
+    rows = torch.tensor(sequences, device=policy.device)
+    logprobs = policy.next_token_logprobs(memory.last)[rows]  # [N, V]
+    going = memory.continued(rows)
+    cache, mask, position = going.cache, going.mask, going.next_position
+    running = torch.arange(len(limits), device=rows.device)
+    limit = torch.tensor(limits, device=rows.device)
+    ends = torch.tensor(adapter.end_of_turn, device=rows.device)
     axes = batch.prefix_positions.shape[0]
     for step in range(max(limits)):
         tokens = _draw(logprobs, generator)
@@ -147,11 +274,27 @@ def _draw(logprobs: Tensor, generator: Generator | None) -> Tensor:
     return torch.multinomial(logprobs.exp(), 1, generator=generator)[:, 0]
 
 
+def _best(values: Tensor, counts: Tensor, requests: Sequence[Request]) -> Tensor:
+    """[N, C] log-probs of the policy that takes the choice of the greatest value: 0 and -inf."""
+    most = int(counts.max())
+    if most > values.shape[1]:
+        request = next(request for request in requests if len(request.choices or ()) == most)
+        raise TrainingError(
+            f"{request.name}: the environment offers {most} choices, and the policy values {values.shape[1]}, as many "
+            "as the first observation had"
+        )
+    allowed = torch.arange(values.shape[1], device=values.device) < counts[:, None]
+    best = values.masked_fill(~allowed, -torch.inf).argmax(dim=1, keepdim=True)
+    return torch.full_like(values, -torch.inf).scatter(1, best, 0.0)
+
+
+def _mixed(logprobs: Tensor, counts: Tensor, epsilon: float) -> Tensor:
+    """[N, C]: with probability epsilon one of the first `counts` choices, each as likely."""
+    allowed = torch.arange(logprobs.shape[1], device=logprobs.device) < counts[:, None]
+    return ((1 - epsilon) * logprobs.exp() + epsilon * allowed / counts[:, None]).log()
+
+
 def _action(policy: Policy, tokens: list[int], logprobs: list[float]) -> ActionSegment:
     ended = tokens[-1] in policy.adapter.end_of_turn
     text = policy.adapter.decode(tokens[:-1] if ended else tokens)
     return ActionSegment(tuple(tokens), np.array(logprobs, dtype=np.float32), text, ended)
-
-
-def _length(request: Request) -> int:
-    return sum(len(segment.tokens) for segment in request.context)

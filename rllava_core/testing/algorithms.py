@@ -16,12 +16,13 @@ from torch import Tensor
 from rllava_core.algorithms.protocol import Algorithm, Batch, Loss
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import PolicyOutput
+from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.policy import Head, PolicyOutput
 from rllava_core.testing.algorithms_base import AlgorithmSuite, Update, leaves_of
 from rllava_core.testing.conformance import raise_failures, require, run, slow
 from rllava_core.testing.rollouts import (
     Script,
-    Turn,
+    Shown,
     choice_scripts,
     conversation_scripts,
     demonstrate,
@@ -55,7 +56,7 @@ class AlgorithmConformance(AlgorithmSuite):
 
     def test_it_says_what_the_loop_must_provide(self) -> None:
         algorithm = self.create()
-        for name in ("experience", "group_size", "uses_reference", "heads"):
+        for name in ("experience", "group_size", "heads", "copies", "behaviour", "report"):
             require(hasattr(algorithm, name), f"the algorithm has no attribute {name!r}, which the loop reads")
         require(
             algorithm.experience in ("rollouts", "demonstrations"),
@@ -65,16 +66,24 @@ class AlgorithmConformance(AlgorithmSuite):
         require(
             type(size) is int and size >= 1, f"group_size is {size!r}; expected the number of trajectories, at least 1"
         )
-        require(
-            isinstance(algorithm.uses_reference, bool),
-            f"uses_reference is {algorithm.uses_reference!r}; expected True or False",
-        )
         heads = algorithm.heads
         require(
             isinstance(heads, Mapping)
-            and all(isinstance(name, str) and type(size) is int and size >= 1 for name, size in heads.items()),
-            f"heads is {heads!r}; expected a mapping of names to positive sizes",
+            and all(isinstance(name, str) and isinstance(head, Head) for name, head in heads.items())
+            and all(head.size == "choices" or (type(head.size) is int and head.size >= 1) for head in heads.values()),
+            f"heads is {heads!r}; expected a mapping of names to Head(size), the size positive or 'choices'",
         )
+        copies = algorithm.copies
+        require(
+            not isinstance(copies, str) and all(isinstance(name, str) for name in copies),
+            f"copies is {copies!r}; expected a sequence of names, such as ('reference',)",
+        )
+        behaviour = algorithm.behaviour()
+        require(
+            isinstance(behaviour, Behaviour),
+            f"behaviour() returned {type(behaviour).__name__}; expected a Behaviour",
+        )
+        require(0 <= behaviour.epsilon <= 1, f"behaviour() has epsilon {behaviour.epsilon}; expected a probability")
 
     def test_every_head_that_it_declares_learns(self) -> None:
         algorithm = self.create()
@@ -85,35 +94,37 @@ class AlgorithmConformance(AlgorithmSuite):
             moved = any(bool(update.gradients[f"heads.{head}.weight"].any()) for update in updates)
             require(moved, f"the head {head!r} is declared but its weights get no gradient, so it would stay random")
 
-    def test_the_reference_policy_is_asked_for_exactly_if_declared(self) -> None:
+    def test_the_copies_that_are_asked_for_are_those_declared(self) -> None:
         algorithm = self.create()
         engine = self.engine(algorithm)
-        asked: list[bool] = []
-        answer = engine.evaluate_reference if algorithm.uses_reference else engine.evaluate
+        asked: set[str] = set()
+        answer = engine.evaluate
 
-        def spy(trajectories: Sequence[Trajectory]) -> PolicyOutput:
-            asked.append(True)
-            return answer(trajectories)
+        def spy(trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+            asked.update([] if copy is None else [copy])
+            return answer(trajectories, copy if copy in algorithm.copies else None)
 
-        engine.evaluate_reference = spy  # type: ignore[method-assign]
+        engine.evaluate = spy  # type: ignore[method-assign]
         self.update(algorithm, engine, self.trajectories(algorithm))
-        declared = algorithm.uses_reference
-        require(declared or not asked, "the reference policy is asked for, but uses_reference is False: there is none")
-        require(asked or not declared, "uses_reference is True, but the reference is not asked for: a copy for nothing")
+        undeclared, idle = sorted(asked - set(algorithm.copies)), sorted(set(algorithm.copies) - asked)
+        require(not undeclared, f"copies {undeclared} of the policy are asked for, and not in `copies`: there are none")
+        require(not idle, f"copies {idle} of the policy are declared, and not asked for: memory for nothing")
 
-    def test_batches_hold_whole_known_trajectories_and_finite_columns(self) -> None:
+    def test_batches_hold_whole_known_turns_and_finite_columns(self) -> None:
         algorithm = self.create()
         trajectories = self.trajectories(algorithm)
-        known = {id(trajectory.segments) for trajectory in trajectories}
+        known = {id(action) for trajectory in trajectories for action in trajectory.actions}
         for number, update in enumerate(self.update(algorithm, self.engine(algorithm), trajectories), start=1):
             batch = update.batch
             require(isinstance(batch, Batch), f"prepare() yielded {type(batch).__name__}; expected Batch")
             require(batch.trajectories, f"batch {number} holds no trajectory")
-            strangers = [item.name for item in batch.trajectories if id(item.segments) not in known]
+            strangers = [
+                item.name for item in batch.trajectories if any(id(action) not in known for action in item.actions)
+            ]
             require(
                 not strangers,
-                f"batch {number} holds trajectories of {', '.join(strangers[:3])} that prepare() was not given, or "
-                "parts of such: yield whole trajectories",
+                f"batch {number} holds actions of {', '.join(strangers[:3])} that prepare() was not given, or parts of "
+                "such: a trajectory may hold some turns of an episode, each as it was",
             )
             for name, column in batch.columns.items():
                 where = f"column {name!r} of batch {number}"
@@ -152,6 +163,21 @@ class AlgorithmConformance(AlgorithmSuite):
                 require(torch.isfinite(value), f"metric {name!r} is {value.item()}")
                 require(not value.requires_grad, f"metric {name!r} keeps the graph of the whole forward: detach it")
 
+    def test_what_it_reports_are_finite_numbers_with_names_of_their_own(self) -> None:
+        algorithm = self.create()
+        self.updates(algorithm)
+        for name, value in algorithm.report().items():
+            require(
+                isinstance(name, str) and re.fullmatch(r"[\w-]+(/[\w-]+)+", name),
+                f"report() names a metric {name!r}; expected a flat key with a group, such as 'value/error'",
+            )
+            taken = name.startswith(TAKEN_PREFIXES) or name in TAKEN_NAMES
+            require(not taken, f"the loop reports a metric of its own as {name!r}; choose another name")
+            require(
+                isinstance(value, int | float) and math.isfinite(value),
+                f"report() gives {name!r} as {value!r}; expected a finite number",
+            )
+
     def test_it_learns_from_texts(self) -> None:
         self.require_sound(text_scripts(), text=True)
 
@@ -168,15 +194,17 @@ class AlgorithmConformance(AlgorithmSuite):
         engine = self.engine(algorithm)
         trajectories = self.trajectories(algorithm, conversation_scripts(choices="choices" in self.required()))
         turns = max(len(trajectory.actions) for trajectory in trajectories)
+        # A batch may hold single turns of an episode.
+        turn_of = {id(action): turn for item in trajectories for turn, action in enumerate(item.actions, start=1)}
         learnt: set[int] = set()
         seed_everything(0)
-        for batch in algorithm.prepare(trajectories, engine):
+        for batch in self.batches(algorithm, trajectories, engine):
             output = leaves_of(engine.policy(pack(engine.policy, batch.trajectories)))
             algorithm.loss(batch.to(engine.policy.device), output).total.backward()
             places = [
-                turn
+                turn_of[id(action)]
                 for trajectory in batch.trajectories
-                for turn, action in enumerate(trajectory.actions, start=1)
+                for action in trajectory.actions
                 for _ in range(action.decisions)
             ]
             for values in (output.logprobs, *output.heads.values()):
@@ -235,8 +263,8 @@ class AlgorithmConformance(AlgorithmSuite):
             updates = self.update(
                 algorithm, self.engine(algorithm), trajectories[::-1] if backwards else trajectories, rate=0.0
             )
-            learnt = {id(item.segments) for item in updates[0].batch.trajectories}
-            if len(updates) > 1 or learnt != {id(item.segments) for item in trajectories}:
+            learnt = {id(item.turns) for item in updates[0].batch.trajectories}
+            if len(updates) > 1 or learnt != {id(item.turns) for item in trajectories}:
                 raise SkipTest("the algorithm chooses what each batch holds")
             gradients.append(updates[0].gradients)
         difference = _distance(*gradients)
@@ -252,7 +280,7 @@ class AlgorithmConformance(AlgorithmSuite):
         before = copy.deepcopy(trajectories)
         engine = self.engine(algorithm)
         seed_everything(0)
-        for batch in algorithm.prepare(trajectories, engine):
+        for batch in self.batches(algorithm, trajectories, engine):
             columns = {name: column.clone() for name, column in batch.columns.items()}
             engine.step(batch, algorithm.loss, 1e-3)
             for name, column in columns.items():
@@ -260,7 +288,7 @@ class AlgorithmConformance(AlgorithmSuite):
         for old, new in zip(before, trajectories, strict=True):
             same = (
                 (old.behaviour_logprobs == new.behaviour_logprobs).all()
-                and old.segments[0] == new.segments[0]
+                and old.prompt == new.prompt
                 and (old.rewards, old.score, old.group, old.scores) == (new.rewards, new.score, new.group, new.scores)
             )
             require(same, f"the trajectory {old.name!r} was changed: later epochs and the log would read wrong numbers")
@@ -322,7 +350,7 @@ class AlgorithmConformance(AlgorithmSuite):
 
     def _bandit(self, seed: int) -> tuple[float, float]:
         algorithm = self.create()
-        script: Script = (Turn((picture(8, 8, seed), "?"), ("a", "b", "c")),)
+        script: Script = (Shown((picture(8, 8, seed), "?"), ("a", "b", "c")),)
         policy = self.policy(algorithm, seed)
         engine = self.engine(algorithm, policy, max_grad_norm=1.0)
         [example] = demonstrate(policy.adapter, [script])

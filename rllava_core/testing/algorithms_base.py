@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from unittest import SkipTest
 
 import torch
 from torch import Tensor
 
-from rllava_core.algorithms.protocol import Algorithm, Batch, Loss
+from rllava_core.algorithms.protocol import Algorithm, Batch, Loss, fed_back
 from rllava_core.config import TrainingSection
 from rllava_core.engines.config import LocalTrainConfig
 from rllava_core.engines.local_train import LocalTrainEngine
@@ -24,6 +24,7 @@ from rllava_core.testing.conformance import Conformance, ConformanceError, requi
 from rllava_core.testing.rollouts import (
     Script,
     choice_scripts,
+    choosing_of,
     conversation_scripts,
     demonstrate,
     pack,
@@ -33,6 +34,13 @@ from rllava_core.testing.rollouts import (
     with_scores,
 )
 from rllava_core.training.seeds import seed_everything
+
+CHOICES = ("a", "bc", "d")
+"""What every turn offers to an algorithm that has an output for each choice."""
+
+
+PATIENCE = 2000
+"""Iterations, of a few turns each, in which an algorithm may collect experience before it yields a batch."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +64,28 @@ class AlgorithmSuite(Conformance):
 
     def policy(self, algorithm: Algorithm, seed: int = 0) -> Policy:
         """The policy that the loop would make: with the heads that the algorithm declares."""
-        return tiny_policy(algorithm.heads, seed)
+        sized = {
+            name: replace(head, size=len(CHOICES)) if head.size == "choices" else head
+            for name, head in algorithm.heads.items()
+        }
+        return tiny_policy(sized, seed)
 
     def engine(self, algorithm: Algorithm, policy: Policy | None = None, **training: Any) -> LocalTrainEngine:
         """A train engine on the CPU without a gradient limit, so that gradients can be compared.
 
-        The reference is another random policy, so that the divergence from it is not zero.
+        Copies are other random policies, so that the divergence from a reference is not zero.
         """
         policy = self.policy(algorithm) if policy is None else policy
         section = TrainingSection(steps=1, **{"max_grad_norm": None, **training})
-        reference = self.policy(algorithm, seed=1) if algorithm.uses_reference else None
-        setup = TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+        copies = {name: self.policy(algorithm, seed) for seed, name in enumerate(algorithm.copies, start=1)}
+        setup = TrainSetup(policy, copies, MediaStore(policy.adapter), section)
         return LocalTrainEngine(LocalTrainConfig(device="cpu"), setup)
 
     def trajectories(self, algorithm: Algorithm, scripts: Sequence[Script] | None = None) -> list[Trajectory]:
         """What `prepare` is given: groups that the initial policy plays, or demonstrations, of these scripts."""
         scripts = self.usual_scripts() if scripts is None else scripts
+        if any(head.size == "choices" for head in algorithm.heads.values()):
+            scripts = choosing_of(scripts, CHOICES)
         if algorithm.experience == "demonstrations":
             return demonstrate(tiny_policy().adapter, scripts)
         return play(tiny_policy(), scripts, algorithm.group_size)
@@ -82,16 +96,38 @@ class AlgorithmSuite(Conformance):
         """One iteration of the loop, from the same random state every time. Raises ConformanceError."""
         seed_everything(0)
         updates = []
+        steps: list[dict[str, float]] = []
         try:
-            for batch in algorithm.prepare(trajectories, engine):
+            for batch in self.batches(algorithm, trajectories, engine, steps):
                 metrics = engine.step(batch, algorithm.loss, rate)
+                steps.append(metrics)
                 updates.append(Update(batch, metrics, gradients_of(engine.policy)))
         except Exception as error:
             raise ConformanceError(
                 f"an update on ordinary trajectories raised {type(error).__name__}: {error}"
             ) from error
-        require(updates, "prepare() yielded no batch, so a step of training would do nothing")
+        require(updates, "prepare() yielded no batch, so training would do nothing")
         return updates
+
+    def batches(
+        self,
+        algorithm: Algorithm,
+        trajectories: Sequence[Trajectory],
+        engine: LocalTrainEngine,
+        steps: Sequence[Mapping[str, float]] | None = None,
+    ) -> Iterator[Batch]:
+        """Those of the first iteration that yields any: an algorithm may collect experience before it learns.
+
+        steps: where the caller puts the metrics of each step, which `prepare` is then sent.
+        """
+        for _ in range(PATIENCE):
+            prepared = algorithm.prepare(trajectories, engine)
+            found = False
+            for batch in prepared if steps is None else fed_back(prepared, steps):
+                found = True
+                yield batch
+            if found:
+                return
 
     def required(self) -> frozenset[str]:
         """The capabilities that the algorithm needs."""
@@ -114,11 +150,11 @@ class AlgorithmSuite(Conformance):
         engine = self.engine(algorithm)
         seed_everything(0)
         found = []
-        for batch in algorithm.prepare(self.trajectories(algorithm), engine):
+        for batch in self.batches(algorithm, self.trajectories(algorithm), engine):
             output: PolicyOutput = engine.policy(pack(engine.policy, batch.trajectories))
             found.append(algorithm.loss(batch.to(engine.policy.device), output))
             break
-        require(found, "prepare() yielded no batch, so a step of training would do nothing")
+        require(found, "prepare() yielded no batch, so training would do nothing")
         return found
 
     def require_sound(

@@ -16,16 +16,17 @@ from torch import Tensor
 from rllava_core.algorithms.protocol import Batch, Loss
 from rllava_core.config import TrainingSection
 from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
-from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.policy import Head, Policy, PolicyOutput
 from rllava_core.policy.sampling import Request
 from rllava_core.specs import Kind
 from rllava_core.testing.conformance import Conformance, require
 from rllava_core.testing.rollouts import (
-    Turn,
+    Shown,
     choice_scripts,
     conversation_scripts,
+    final_heads,
     pack,
     picture,
     play,
@@ -47,6 +48,7 @@ class EngineSuite(Conformance):
 
     kind: ClassVar[Kind] = "engine"
     logprobs: bool = True
+    action_values: bool = True
     tolerance: float = 1e-4
 
     def create(self, setup: TrainSetup | RolloutSetup | None = None) -> Any:
@@ -56,23 +58,25 @@ class EngineSuite(Conformance):
             setup = self.train_setup(policy) if self.role == "train" else self.rollout_setup(policy)
         return self.target()(self.config(), setup)
 
-    def policy(self, seed: int = 0, heads: Mapping[str, int] | None = None) -> Policy:
+    def policy(self, seed: int = 0, heads: Mapping[str, Head] | None = None) -> Policy:
         """Random weights from the seed; a turn ends, and a token is forbidden, more often than usual."""
         return tiny_policy(heads, seed, 2.0, end_of_turn=ENDS, forbidden_tokens=FORBIDDEN)
 
-    def train_setup(self, policy: Policy, reference: Policy | None = None, **training: Any) -> TrainSetup:
+    def train_setup(self, policy: Policy, copies: Mapping[str, Policy] | None = None, **training: Any) -> TrainSetup:
         """Without a gradient limit, unless `training` has one."""
         section = TrainingSection(steps=1, **{"max_grad_norm": None, **training})
-        return TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+        return TrainSetup(policy, copies or {}, MediaStore(policy.adapter), section)
 
     def rollout_setup(self, policy: Policy) -> RolloutSetup:
         """In the precision of the weights."""
         return RolloutSetup(policy, MediaStore(policy.adapter), nullcontext)
 
-    def trainer(self, policy: Policy | None = None, reference: Policy | None = None, **training: Any) -> TrainEngine:
+    def trainer(
+        self, policy: Policy | None = None, copies: Mapping[str, Policy] | None = None, **training: Any
+    ) -> TrainEngine:
         """A train engine. Raises SkipTest if the component does not train."""
         self._require_role("train")
-        engine: TrainEngine = self.create(self.train_setup(policy or self.policy(), reference, **training))
+        engine: TrainEngine = self.create(self.train_setup(policy or self.policy(), copies, **training))
         return engine
 
     def sampler(self, policy: Policy | None = None) -> RolloutEngine:
@@ -91,13 +95,14 @@ class EngineSuite(Conformance):
         media = MediaStore(adapter)
         [earlier] = play(self.policy(), [text_scripts()[0]])
         turns = [
-            Turn((picture(), "Colour?"), max_tokens=5),
-            Turn(("Is ", picture(8, 24, 1), " like ", picture(12, 8, 2), "?"), ("yes", "no!", "hmm")),
-            Turn(("Two and two?",), max_tokens=2),
-            Turn(("Up?",), ("y", "n")),
-            Turn((picture(12, 8, 3), "And now?"), max_tokens=7),
+            Shown((picture(), "Colour?"), max_tokens=5),
+            Shown(("Is ", picture(8, 24, 1), " like ", picture(12, 8, 2), "?"), ("yes", "no!", "hmm")),
+            Shown(("Two and two?",), max_tokens=2),
+            Shown(("Up?",), ("y", "n")),
+            Shown((picture(12, 8, 3), "And now?"), max_tokens=7),
         ]
-        history = [(), (), (), (), earlier.segments]
+        last = earlier.turns[-1]
+        history: list[tuple[Segment, ...]] = [(), (), (), (), (*last.context, last.action)]
         return [
             request(adapter, media, turn, count, before)
             for turn, count, before in zip(turns, counts, history, strict=True)
@@ -113,6 +118,9 @@ class EngineSuite(Conformance):
 
     def _returns_logprobs(self) -> bool:
         return "logprobs" in self.find().spec.provides if self.component else self.logprobs
+
+    def _acts_by_values(self) -> bool:
+        return "action_values" in self.find().spec.provides if self.component else self.action_values
 
 
 def weighted(trajectories: Sequence[Trajectory]) -> Batch:
@@ -162,6 +170,10 @@ def recomputed(policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyOutp
     """What the policy itself says, on the CPU."""
     with torch.no_grad():
         output: PolicyOutput = policy(pack(policy, trajectories))
+        final = final_heads(policy, trajectories)
     return PolicyOutput(
-        output.logprobs.cpu(), output.entropies.cpu(), {name: values.cpu() for name, values in output.heads.items()}
+        output.logprobs.cpu(),
+        output.entropies.cpu(),
+        {name: values.cpu() for name, values in output.heads.items()},
+        {name: values.cpu() for name, values in final.items()},
     )

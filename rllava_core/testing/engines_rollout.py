@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from unittest import SkipTest
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rllava_core.errors import ModelError
-from rllava_core.mdp.trajectory import ActionSegment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, Segment, Trajectory, Turn
 from rllava_core.policy.batch import BatchBuilder
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy
-from rllava_core.policy.sampling import Request, sample
+from rllava_core.policy.policy import Head, Policy
+from rllava_core.policy.sampling import Request, Sampler
 from rllava_core.testing.conformance import ConformanceError, require
 from rllava_core.testing.engines_base import EngineSuite, recomputed, same_weights, weights_of
-from rllava_core.testing.rollouts import Turn, picture, request
+from rllava_core.testing.rollouts import Shown, picture, request
 
 DRAWS = 2000
 DEVIATIONS = 5.0
@@ -55,7 +58,7 @@ class RolloutChecks(EngineSuite):
         engine, requests = self.sampler(policy), self.requests()
         found = _tokens(engine.generate(requests, None))
         require(found == _tokens(engine.generate(requests, None)), "without a seed two calls gave different actions")
-        expected = _tokens(sample(self.policy(), MediaStore(policy.adapter), requests, None))
+        expected = _tokens(Sampler(self.policy(), MediaStore(policy.adapter)).sample(requests, None))
         require(found == expected, f"without a seed actions are {found}; the most probable ones are {expected}")
 
     def test_neighbours_do_not_change_an_answer(self) -> None:
@@ -68,7 +71,7 @@ class RolloutChecks(EngineSuite):
         policy = self.policy()
         media, adapter = MediaStore(policy.adapter), policy.adapter
         limits = (1, 2, 5)
-        requests = [request(adapter, media, Turn(("Go on?",), max_tokens=limit), 30) for limit in limits]
+        requests = [request(adapter, media, Shown(("Go on?",), max_tokens=limit), 30) for limit in limits]
         answers = self.sampler(policy).generate(requests, 3)
         for limit, actions in zip(limits, answers, strict=True):
             for action in actions:
@@ -92,7 +95,7 @@ class RolloutChecks(EngineSuite):
 
     def test_nothing_forbidden_is_sampled(self) -> None:
         policy = self.policy()
-        asked = request(policy.adapter, MediaStore(policy.adapter), Turn((picture(), "?"), max_tokens=8), 20)
+        asked = request(policy.adapter, MediaStore(policy.adapter), Shown((picture(), "?"), max_tokens=8), 20)
         [actions] = self.sampler(policy).generate([asked], 0)
         sampled = {token for action in actions for token in action.tokens}
         bad = sorted(sampled.intersection(policy.adapter.forbidden_tokens))
@@ -100,25 +103,26 @@ class RolloutChecks(EngineSuite):
 
     def test_choices_come_as_often_as_the_policy_says(self) -> None:
         policy = self.policy()
-        turn = Turn((picture(), "?"), ("ab", "cd", "yz", "qr"))
+        turn = Shown((picture(), "?"), ("ab", "cd", "yz", "qr"))
         asked = request(policy.adapter, MediaStore(policy.adapter), turn, DRAWS)
         assert asked.choices is not None
         builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter))
         builder.add_choices(builder.add_context(asked.context, "conformance"), asked.choices)
         with torch.no_grad():
-            probabilities = self.policy().choice_logprobs(builder.build())[0].exp().tolist()
+            plain, batch = self.policy(), builder.build()
+            probabilities = plain.choice_logprobs(batch, plain.prefill(batch))[0].exp().tolist()
         [actions] = self.sampler(policy).generate([asked], 11)
         _require_frequencies(Counter(action.choice for action in actions), dict(enumerate(probabilities)), "choice")
 
     def test_tokens_come_as_often_as_the_policy_says(self) -> None:
         policy = self.policy()
-        turn = Turn((picture(), "?"), max_tokens=1)
+        turn = Shown((picture(), "?"), max_tokens=1)
         asked = request(policy.adapter, MediaStore(policy.adapter), turn, DRAWS)
         builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter))
         builder.add_context(asked.context, "conformance")
         with torch.no_grad():
             plain = self.policy()
-            probabilities = plain.next_token_logprobs(plain.prefill(builder.build())[0])[0].exp().tolist()
+            probabilities = plain.next_token_logprobs(plain.prefill(builder.build()).last)[0].exp().tolist()
         [actions] = self.sampler(policy).generate([asked], 11)
         found = Counter(action.tokens[0] for action in actions)
         # Tokens in eight classes, since most of hundreds would be seen once or never.
@@ -144,9 +148,60 @@ class RolloutChecks(EngineSuite):
         changed.load_state_dict(weights_of(other))
         engine.sync(other)
         self._require_logprobs(engine, requests, changed, 0, "after a step and sync(), ")
-        expected = _tokens(sample(changed, MediaStore(changed.adapter), requests, None))
+        expected = _tokens(Sampler(changed, MediaStore(changed.adapter)).sample(requests, None))
         found = _tokens(engine.generate(requests, None))
         require(found == expected, "after a step and sync(), greedy answers are not those of the new weights")
+
+    def test_a_later_turn_is_sampled_as_if_all_was_read_anew(self) -> None:
+        """Whatever an engine keeps from one turn to the next, log-probs are those of the whole conversation."""
+        policy = self.policy()
+        media, adapter = MediaStore(policy.adapter), policy.adapter
+        engine = self.sampler(policy)
+        histories: list[tuple[Segment, ...]] = [(), (), ()]
+        for turn in range(4):
+            shown = [
+                Shown((picture(8, 8 + 4 * turn, turn), "Where?"), ("left", "up", "on")),
+                Shown((f"Turn {turn}",), max_tokens=4),
+                Shown((picture(12, 8, turn),), ("a", "b")),
+            ]
+            # One conversation ends after two turns, and its place is taken by a new one.
+            histories[2] = () if turn == 2 else histories[2]
+            requests = [
+                request(adapter, media, item, 1, history) for item, history in zip(shown, histories, strict=True)
+            ]
+            answers = engine.generate(requests, turn)
+            self._require_fitting(requests, answers)
+            self._compare(requests, answers, self.policy(), f"in turn {turn + 1} of a conversation ")
+            histories = [(*asked.context, actions[0]) for asked, actions in zip(requests, answers, strict=True)]
+        engine.forget()
+        self._require_logprobs(engine, requests, self.policy(), 0, "after forget(), ")
+
+    def test_it_acts_by_the_values_of_a_head_where_it_says_that_it_can(self) -> None:
+        if not self._acts_by_values():
+            raise SkipTest("the engine does not provide 'action_values'")
+        policy = self.policy(heads={"q": Head(4)})
+        media, adapter = MediaStore(policy.adapter), policy.adapter
+        engine = self.sampler(policy)
+        turns = [Shown((picture(8, 8, seed), "?"), ("a", "b", "cd", "d")[: 3 + seed % 2]) for seed in range(6)]
+        requests = [request(adapter, media, turn, DRAWS // 6 if turn is turns[0] else 1) for turn in turns]
+        alone = [
+            Trajectory(None, 0, 0, (Turn(asked.context, actions[0]),), terminated=True)
+            for asked, actions in zip(requests, engine.generate(requests, 0), strict=True)
+        ]
+        values = recomputed(self.policy(heads={"q": Head(4)}), alone).heads["q"]
+        best = [int(row[: len(asked.choices or ())].argmax()) for row, asked in zip(values, requests, strict=True)]
+        greedy = engine.generate(requests, 1, Behaviour(_values_of_q))
+        found = [actions[0].choice for actions in greedy]
+        require(found == best, f"choices {found} were taken; those of the greatest values are {best}")
+        [mixed, *_] = engine.generate(requests, 2, Behaviour(_values_of_q, epsilon=0.6))
+        share = sum(action.choice == best[0] for action in mixed) / len(mixed)
+        require(abs(share - 0.6) < 0.15, f"with epsilon 0.6 and three choices the best was taken {share:.2f} of times")
+        if self._returns_logprobs():
+            expected = [0.6 / 3 + 0.4 * (action.choice == best[0]) for action in mixed]
+            gap = float(np.abs(np.exp([action.logprobs[0] for action in mixed]) - np.array(expected)).max())
+            require(gap < 1e-4, f"the log-probs of actions taken with epsilon 0.6 are off by {gap:.2g} in probability")
+        [still, *_] = engine.generate(requests, None, Behaviour(_values_of_q, epsilon=0.6))
+        require({action.choice for action in still} == {best[0]}, "without a seed epsilon is 0: greedy actions differ")
 
     def test_sampling_changes_no_weight_and_leaves_no_gradient(self) -> None:
         policy = self.policy()
@@ -163,7 +218,7 @@ class RolloutChecks(EngineSuite):
         """Nothing is cut: not the context, and not the room for an answer."""
         policy = self.policy()
         room = policy.adapter.context_length
-        asked = request(policy.adapter, MediaStore(policy.adapter), Turn(("x" * (room - 20),), max_tokens=30))
+        asked = request(policy.adapter, MediaStore(policy.adapter), Shown(("x" * (room - 20),), max_tokens=30))
         engine = self.sampler(policy)
         try:
             engine.generate([asked], 0)
@@ -208,18 +263,27 @@ class RolloutChecks(EngineSuite):
         """The log-probs of actions are those that a policy of these weights recomputes."""
         answers = engine.generate(requests, seed)  # type: ignore[attr-defined]
         self._require_fitting(requests, answers)
+        self._compare(requests, answers, policy, when)
+
+    def _compare(
+        self, requests: Sequence[Request], answers: Sequence[Sequence[ActionSegment]], policy: Policy, when: str
+    ) -> None:
         if not self._returns_logprobs():
             return
         for asked, actions in zip(requests, answers, strict=True):
             for action in actions:
-                alone = Trajectory(None, 0, 0, (*asked.context, action), (), terminated=True)
-                expected = recomputed(policy, [alone]).logprobs[-action.decisions :].numpy()
+                alone = Trajectory(None, 0, 0, (Turn(asked.context, action),), terminated=True)
+                expected = recomputed(policy, [alone]).logprobs.numpy()
                 gap = float(np.abs(action.logprobs - expected).max())
                 require(
                     gap <= self.tolerance,
                     f"{when}log-probs differ by {gap:.2g} nats from those of the policy: other weights, another "
                     "temperature, or another prompt or image",
                 )
+
+
+def _values_of_q(heads: Mapping[str, Tensor]) -> Tensor:
+    return heads["q"]
 
 
 def _tokens(answers: Sequence[Sequence[ActionSegment]]) -> list[list[tuple[int, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.errors import TrainingError
-from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.policy import Head, Policy, PolicyOutput
 from rllava_core.testing.conformance import ConformanceError, require
 from rllava_core.testing.engines_base import (
     EngineSuite,
@@ -108,7 +109,7 @@ class TrainChecks(EngineSuite):
 
     def test_what_is_learnt_from_is_what_the_policy_says(self) -> None:
         """No dropout, no other order, heads included."""
-        policy = self.policy(heads={"value": 2}).train()
+        policy = self.policy(heads={"value": Head(2)}).train()
         modules: list[Any] = list(policy.modules())
         for module in modules:
             if hasattr(module, "attention_dropout"):
@@ -121,7 +122,8 @@ class TrainChecks(EngineSuite):
             outputs.append(output)
             return imitation(micro, output)
 
-        expected = recomputed(copy.deepcopy(engine.policy).eval(), batch.trajectories)
+        # States that episodes were left in are read where the policy is evaluated, not for a loss.
+        expected = replace(recomputed(copy.deepcopy(engine.policy).eval(), batch.trajectories), final={})
         engine.step(batch, spying, RATE)
         attached = all(output.logprobs.requires_grad for output in outputs)
         require(attached, "the loss is given log-probs without a gradient")
@@ -187,7 +189,7 @@ class TrainChecks(EngineSuite):
         )
 
     def test_evaluate_is_what_the_policy_says(self) -> None:
-        policy = self.policy(heads={"value": 2})
+        policy = self.policy(heads={"value": Head(2)})
         engine = self.trainer(policy, micro_batch_tokens=60)
         trajectories = self.trajectories()
         output = engine.evaluate(trajectories)
@@ -196,14 +198,40 @@ class TrainChecks(EngineSuite):
             require(values.device.type == "cpu", f"evaluate() gives {name} on {values.device}; expected the CPU")
             require(not values.requires_grad, f"evaluate() gives {name} with a graph, which would hold its memory")
 
-    def test_the_reference_stays_what_it_was(self) -> None:
+    def test_a_copy_stays_what_it_was_until_it_is_updated(self) -> None:
         trajectories = self.trajectories()
-        expected = recomputed(self.policy(seed=5), trajectories)
-        engine = self.trainer(self.policy(), self.policy(seed=5))
-        self._require_equal(engine.evaluate_reference(trajectories), expected, "evaluate_reference() gives")
+        policy = self.policy(heads={"value": Head(2)})
+        other = self.policy(5, {"value": Head(2)})
+        expected = recomputed(other, trajectories)
+        engine = self.trainer(policy, {"target": other})
+        self._require_equal(engine.evaluate(trajectories, "target"), expected, "evaluate() gives, of a copy,")
         for _ in range(2):
             engine.step(weighted(trajectories), imitation, RATE)
-        self._require_equal(engine.evaluate_reference(trajectories), expected, "after steps evaluate_reference() gives")
+        self._require_equal(engine.evaluate(trajectories, "target"), expected, "after steps a copy gives")
+        mixed = self.policy(5, {"value": Head(2)})
+        with torch.no_grad():
+            for own, new in zip(mixed.parameters(), engine.policy.parameters(), strict=True):
+                own.mul_(0.75).add_(new.detach().to(own.device), alpha=0.25)
+        engine.update_copy("target", 0.25)
+        after = recomputed(mixed, trajectories)
+        self._require_equal(engine.evaluate(trajectories, "target"), after, "after update_copy(…, 0.25) a copy gives")
+        engine.update_copy("target")
+        now = engine.evaluate(trajectories)
+        self._require_equal(engine.evaluate(trajectories, "target"), now, "after update_copy() a copy gives")
+
+    def test_copies_go_on_where_their_state_was_saved(self) -> None:
+        trajectories = self.trajectories()
+        first = self.trainer(self.policy(), {"target": self.policy(5), "reference": self.policy(6)})
+        first.step(weighted(trajectories), imitation, RATE)
+        first.update_copy("target", 0.5)
+        state = through_a_file(first.state_dict())
+        second = self.trainer(self.policy(), {"target": self.policy(5), "reference": self.policy(6)})
+        second.policy.load_state_dict(weights_of(first.policy))
+        second.load_state_dict(state)
+        for name in ("target", "reference"):
+            expected = first.evaluate(trajectories, name)
+            what = f"after state_dict() was saved and loaded the copy {name!r} gives"
+            self._require_equal(second.evaluate(trajectories, name), expected, what)
 
     def test_an_engine_goes_on_exactly_where_its_state_was_saved(self) -> None:
         trajectories = self.trajectories()
@@ -277,7 +305,8 @@ class TrainChecks(EngineSuite):
 
 def _tensors(output: PolicyOutput) -> dict[str, Tensor]:
     heads = {f"head {name!r}": values for name, values in output.heads.items()}
-    return {"log-probs": output.logprobs, "entropies": output.entropies, **heads}
+    final = {f"head {name!r} in final states": values for name, values in output.final.items()}
+    return {"log-probs": output.logprobs, "entropies": output.entropies, **heads, **final}
 
 
 def _joined(outputs: list[PolicyOutput]) -> PolicyOutput:

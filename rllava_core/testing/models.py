@@ -20,7 +20,7 @@ from rllava_core.testing.conformance import raise_failures, require, run
 from rllava_core.testing.models_base import head_weight
 from rllava_core.testing.models_forward import ForwardChecks
 from rllava_core.testing.models_inputs import InputChecks
-from rllava_core.testing.rollouts import Script, Turn, pack, play
+from rllava_core.testing.rollouts import Script, Shown, pack, play
 from rllava_core.training.seeds import seed_everything
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -156,10 +156,10 @@ class ModelAdapterConformance(InputChecks, ForwardChecks):
         """Episodes of text and choices with several images and none, two turns in one."""
         first, second, third = (self.picture(number) for number in range(3))
         return [
-            (Turn((first, "Which?"), max_tokens=4),),
-            (Turn(("Two and two?",), max_tokens=7),),
-            (Turn(("Is ", second, " like ", third, "?"), ("yes", "no", "a bit")),),
-            (Turn((third, first), max_tokens=3), Turn(("And ", second, "?"), ("yes", "no")), Turn(("So?",))),
+            (Shown((first, "Which?"), max_tokens=4),),
+            (Shown(("Two and two?",), max_tokens=7),),
+            (Shown(("Is ", second, " like ", third, "?"), ("yes", "no", "a bit")),),
+            (Shown((third, first), max_tokens=3), Shown(("And ", second, "?"), ("yes", "no")), Shown(("So?",))),
         ]
 
     def _played(self, policy: Policy, seed: int | None = 0) -> list[Trajectory]:

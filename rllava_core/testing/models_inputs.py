@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rllava_core.errors import DataError
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.messages import Message
+from rllava_core.mdp.messages import Message, Observation
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.testing.conformance import require
 from rllava_core.testing.models_base import ModelSuite, Piece, head_weight
@@ -120,6 +121,38 @@ class InputChecks(ModelSuite):
             "render() leaves out a message of a conversation of several",
         )
 
+    def test_a_conversation_that_is_continued_is_the_one_that_is_rendered_at_once(self) -> None:
+        """Later turns are added to what was sampled, which is never rendered again."""
+        adapter, _ = self.loaded()
+        first, second = self.picture(0), self.picture(1)
+        opening, later = Message.user(first, "Which way?"), Message.user("And now?")
+        system = Message("system", Message.user("Answer with one word.").parts)
+        for what, beginning, going_on in (
+            ("text alone", [Message.user("Which way?")], later),
+            ("with an image in the first message", [opening], later),
+            ("with an image in a later message", [opening], Message.user("And ", second, "?")),
+            ("with two images in a later message", [opening], Message.user(second, first, "And now?")),
+            ("with a system message", [system, opening], Message.user(second, "And now?")),
+        ):
+            try:
+                begun = self._rendered(adapter, beginning)
+            except Exception:
+                if what != "with a system message":
+                    raise
+                continue  # some families have none
+            answer = self.texts[0]
+            whole = self._rendered(adapter, [*beginning, Message("assistant", Message.user(answer).parts), going_on])
+            continued = self._rendered(adapter, [going_on], continues=True)
+            found = (*begun, *adapter.encode(answer), adapter.end_of_turn[0], *continued)
+            pairs = enumerate(zip_longest(whole, found))
+            place = next((number for number, (one, other) in pairs if one != other), None)
+            require(
+                place is None,
+                f"a conversation of two turns {what} has {len(whole)} tokens if it is rendered at once, and "
+                f"{len(found)} if render(…, continues=True) goes on after the answer {answer!r} and end_of_turn[0]; "
+                f"they differ from token {place} on",
+            )
+
     def test_plain_text_survives_encoding_and_decoding(self) -> None:
         adapter, model = self.loaded()
         vocabulary = len(head_weight(adapter, model))
@@ -210,6 +243,12 @@ class InputChecks(ModelSuite):
                 "positions of a sequence in pieces, each starting at the largest position before it plus one, are not "
                 "those of the whole",
             )
+
+    def _rendered(
+        self, adapter: ModelAdapter, messages: Sequence[Message], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        features = [adapter.preprocess(image) for image in Observation(tuple(messages)).images]
+        return tuple(adapter.render(messages, features, continues=continues))
 
     def spellings(self, adapter: ModelAdapter) -> list[str]:
         """Texts that look like special tokens."""

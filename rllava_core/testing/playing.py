@@ -68,6 +68,7 @@ def told(event: Observation | Transition) -> dict[str, object]:
         "reward": event.reward,
         "terminated": event.terminated,
         "truncated": event.truncated,
+        "parsed": event.parsed,
         "success": event.info.get("success"),
     }
 

@@ -148,7 +148,7 @@ class RewardConformance(Conformance):
 
     def test_an_episode_of_several_turns_gets_a_number(self) -> None:
         first = self.trajectories()[0]
-        turns = replace(first, segments=first.segments * 3, rewards=first.rewards * 3)
+        turns = replace(first, turns=first.turns * 3)
         self._values(self.create(), [turns, first, samples.answering(turns, "")])
 
     def test_a_missing_right_answer_gets_a_number_or_an_error_that_explains_it(self) -> None:

@@ -13,7 +13,15 @@ import numpy as np
 
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import (
+    ActionSegment,
+    ContextSegment,
+    Segment,
+    Trajectory,
+    Truncation,
+    Turn,
+    conversation,
+)
 
 END_OF_TURN = 256
 """The one token that is no byte."""
@@ -50,12 +58,14 @@ def episode(
     example: Example | None,
     *answers: str,
     group: int = 0,
+    score: float = 0.0,
     ended: bool = True,
     choices: tuple[str, ...] | None = None,
     info: Mapping[str, Any] | None = None,
 ) -> Trajectory:
     """An episode with one turn for each answer, in which the environment rewarded nothing.
 
+    score: weighted sum of reward functions, which is then its return.
     ended: off for a last answer that was cut at the token limit.
     choices: what every answer was chosen from; None for free text.
     """
@@ -69,11 +79,10 @@ def episode(
         example=example,
         seed=group,
         group=group,
-        segments=tuple(segments),
-        rewards=(0.0,) * len(answers),
+        turns=_with_info(conversation(segments), info or {}),
         terminated=ended,
-        truncated=not ended,
-        info=dict(info or {}),
+        truncation=None if ended else "environment",
+        score=score,
     )
 
 
@@ -81,8 +90,13 @@ def answering(
     trajectory: Trajectory, answer: str, *, ended: bool = True, choices: tuple[str, ...] | None = None
 ) -> Trajectory:
     """The same episode with another last answer. ended: off for an answer that was cut at the token limit."""
-    segments = (*trajectory.segments[:-1], _action(answer, ended, choices))
-    return replace(trajectory, segments=segments, terminated=ended, truncated=not ended)
+    last = replace(trajectory.turns[-1], action=_action(answer, ended, choices))
+    truncation: Truncation | None = None if ended else "environment"
+    return replace(trajectory, turns=(*trajectory.turns[:-1], last), terminated=ended, truncation=truncation)
+
+
+def _with_info(turns: tuple[Turn, ...], info: Mapping[str, Any]) -> tuple[Turn, ...]:
+    return (*turns[:-1], replace(turns[-1], info=dict(info)))
 
 
 def _action(text: str, ended: bool, choices: tuple[str, ...] | None) -> ActionSegment:

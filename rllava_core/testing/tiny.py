@@ -107,8 +107,13 @@ class TinyAdapter:
         """One token a square."""
         return len(features["patches"])
 
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        """START and END around each turn; the last START is the assistant's, whose turn it is."""
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        """START and END around each turn; the last START is the assistant's, whose turn it is.
+
+        Nothing stands before a conversation or between its turns, so what continues one looks as what begins one.
+        """
         counts = iter(self.feature_count(item) for item in features)
         tokens: list[int] = []
         for message in messages:

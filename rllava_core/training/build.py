@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
 from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
-from rllava_core.errors import DataError, PluginError, RllavaError, TrainingError
-from rllava_core.mdp.environment import Environment
+from rllava_core.errors import ConfigError, DataError, PluginError, RllavaError, TrainingError
+from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.examples import Example, Split
+from rllava_core.mdp.messages import Observation
+from rllava_core.mdp.pool import EnvironmentPool
 from rllava_core.mdp.rewards import WeightedReward
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy
-from rllava_core.training.seeds import WEIGHTS, derive, seed_everything
+from rllava_core.policy.policy import Head, Policy
+from rllava_core.training.environments import environment_pool
+from rllava_core.training.episodes import Episodes, Limits
+from rllava_core.training.seeds import HELD_OUT, WEIGHTS, derive, seed_everything
 
 
 @dataclass(frozen=True)
 class Task:
     """Where episodes come from and what is rewarded. Needs no model."""
 
-    environment: Callable[[], Environment]
+    environments: EnvironmentPool
     examples: Callable[[Split], Sequence[Example] | None]
     rewards: tuple[WeightedReward, ...]
-    max_new_tokens: int
+    limits: Limits
 
     @property
     def primary(self) -> str | None:
@@ -41,15 +45,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a run is made of."""
+    """Everything that a run is made of. A context manager: environments that run in other processes end with it."""
 
     task: Task
+    episodes: Episodes
     adapter: ModelAdapter
     media: MediaStore
     policy: Policy
     algorithm: Algorithm
     trainer: TrainEngine
     sampler: RolloutEngine
+
+    def __enter__(self) -> Parts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.task.environments.close()
 
 
 def build_task(resolved: ResolvedConfig) -> Task:
@@ -69,18 +80,15 @@ def build_task(resolved: ResolvedConfig) -> Task:
         WeightedReward(section.reported_as, section.weight, part.create())
         for section, part in zip(run.task.rewards, resolved.rewards, strict=True)
     )
-    return Task(
-        lambda: cast(Environment, resolved.environment.create(run.task)),
-        examples,
-        rewards,
-        run.task.max_new_tokens,
-    )
+    section = run.task
+    limits = Limits(section.max_new_tokens, section.max_turns, section.max_episode_tokens, section.history)
+    return Task(environment_pool(resolved), examples, rewards, limits)
 
 
 def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, learning: bool = True) -> Parts:
     """Load the model, or the weights of a checkpoint, and put everything together.
 
-    learning: off for evaluation alone, which needs no reference policy.
+    learning: off for evaluation alone, which needs no copies of the policy.
 
     Data are read before any weight is loaded, so that their errors come at once.
     """
@@ -90,25 +98,48 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
     if learning:
         task.examples("train")
     algorithm: Algorithm = resolved.algorithm.create()
-    origin = resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint)
-    # Heads take their initial values from the same stream whether or not the weights come from a checkpoint.
-    seed_everything(derive(run.training.seed, WEIGHTS))
-    with _reading(checkpoint):
-        policy = _policy(origin, algorithm, run.training.temperature)
-    reference = None
-    if learning and algorithm.uses_reference:
+    observation = _first_observation(task, run.training.seed)
+    heads = {name: _sized(head, observation, resolved) for name, head in algorithm.heads.items()}
+
+    def policy_of(model: Resolved) -> Policy:
+        # Heads take their initial values from the same stream whether or not the weights come from a checkpoint.
         seed_everything(derive(run.training.seed, WEIGHTS))
-        reference = _policy(resolved.model, algorithm, run.training.temperature)
+        adapter: ModelAdapter = model.create()
+        weights = adapter.load()
+        trunk = copy.deepcopy(weights) if any(head.own_trunk for head in heads.values()) else None
+        return Policy(adapter, weights, heads, run.training.temperature, trunk)
+
+    with _reading(checkpoint):
+        policy = policy_of(resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint))
+    copies = {name: policy_of(resolved.model) for name in algorithm.copies} if learning else {}
     media = MediaStore(policy.adapter)
-    trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, reference, media, run.training))
+    trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
-    return Parts(task, policy.adapter, media, policy, algorithm, trainer, sampler)
+    episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits)
+    return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler)
 
 
-def _policy(model: Resolved, algorithm: Algorithm, temperature: float) -> Policy:
-    adapter: ModelAdapter = model.create()
-    weights = adapter.load()
-    return Policy(adapter, weights, algorithm.heads, temperature)
+def _first_observation(task: Task, seed: int) -> Observation:
+    """What the first held-out episode shows, so that an environment that cannot begin one is known at once."""
+    examples = task.examples("held_out")
+    start = Start(None if examples is None else examples[0], derive(seed, HELD_OUT, 0))
+    [observation] = task.environments.reset([start])
+    if isinstance(observation, Failure):
+        raise TrainingError(f"{start.name}: the environment {observation.what}")
+    return observation
+
+
+def _sized(head: Head, observation: Observation, resolved: ResolvedConfig) -> Head:
+    """A head with as many outputs as there are choices, where it asks for that."""
+    if head.size != "choices":
+        return head
+    if observation.choices is None:
+        raise ConfigError(
+            f"algorithm {resolved.algorithm.component.spec.name!r} values each of the choices, and environment "
+            f"{resolved.environment.component.spec.name!r}, as it is configured, asks for free text; set task.choices, "
+            "or the environment's own option that offers choices"
+        )
+    return replace(head, size=len(observation.choices))
 
 
 @contextmanager

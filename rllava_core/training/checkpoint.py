@@ -29,11 +29,13 @@ class Progress:
     step: how many steps are done.
     evaluations: first, last and best evaluation so far, as `summary.json` holds them.
     wall_seconds: spent so far, earlier sessions included.
+    failures: what became of environments in workers that failed, and how often.
     """
 
     step: int = 0
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     wall_seconds: float = 0.0
+    failures: dict[str, int] = field(default_factory=dict)
 
 
 def save(directory: Path, parts: Parts, progress: Progress) -> Path:
@@ -46,7 +48,7 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
             (temporary / "resume").mkdir(parents=True)
             parts.adapter.save(parts.policy.model, temporary)
             state = {
-                "heads": parts.policy.heads.state_dict(),
+                "policy": parts.policy.extra_state(),
                 "trainer": parts.trainer.state_dict(),
                 "algorithm": parts.algorithm.state_dict(),
             }
@@ -68,7 +70,7 @@ def restore(checkpoint: Path, parts: Parts) -> Progress:
     """Everything but the model's weights, which are loaded with the model. Raises TrainingError for a damaged one."""
     try:
         state = load_tree(checkpoint / "resume" / "state")
-        parts.policy.heads.load_state_dict(state["heads"])
+        parts.policy.load_extra_state(state["policy"])
         parts.trainer.load_state_dict(state["trainer"])
         parts.algorithm.load_state_dict(state["algorithm"])
         return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))

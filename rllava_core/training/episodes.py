@@ -1,138 +1,209 @@
 """Episodes: environments, the policy and token ids between them.
 
-Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEngine.generate ─▶ Action ─▶ Environment.step
+Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEngine.generate ─▶ Action ─▶ Environment.step ─▶ …
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from rllava_core.engines.protocol import RolloutEngine
-from rllava_core.errors import DataError, RllavaError, TrainingError, describe
-from rllava_core.mdp.environment import Environment
-from rllava_core.mdp.examples import Example
-from rllava_core.mdp.messages import Action, ImagePart, Observation, Transition
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.errors import DataError, TrainingError
+from rllava_core.mdp.environment import Failure, Start
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Action, Observation, Transition
+from rllava_core.mdp.pool import EnvironmentPool
+from rllava_core.mdp.trajectory import ActionSegment, Segment, Trajectory, Truncation, Turn
 from rllava_core.policy.adapter import ModelAdapter
+from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.checks import check_length
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.sampling import Request
-
-T = TypeVar("T")
+from rllava_core.training.conversations import Conversation, Renderer
+from rllava_core.training.seeds import derive
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a group begins: an example, or a seed alone."""
+class Limits:
+    """Where an episode is cut; the keys of the task section, and the longest sequence that the model can read."""
 
-    example: Example | None
-    seed: int
+    max_new_tokens: int
+    max_turns: int
+    max_episode_tokens: int | None
+    history: int | Literal["all"]
 
-    @property
-    def name(self) -> str:
-        return self.example.name if self.example is not None else f"episode with seed {self.seed}"
+
+@dataclass
+class Timing:
+    """Seconds of each turn that episodes were stepped through together: what the policy took, and the environments."""
+
+    policy: list[float] = field(default_factory=list)
+    environment: list[float] = field(default_factory=list)
 
 
 class Episodes:
-    """Plays groups of episodes with the policy, or writes them down from the examples' own answers."""
+    """Plays groups of episodes with the policy, or writes them down from the examples' own answers.
+
+    report: told of every environment that failed, by the name of its episode.
+    timing: of the last `play`.
+    """
 
     def __init__(
         self,
         adapter: ModelAdapter,
         media: MediaStore,
         sampler: RolloutEngine,
-        environment: Callable[[], Environment],
-        max_new_tokens: int,
+        environments: EnvironmentPool,
+        limits: Limits,
+        report: Callable[[str, Failure], None] | None = None,
     ) -> None:
         self._adapter = adapter
-        self._media = media
         self._sampler = sampler
-        self._environment = environment
-        self._max_new_tokens = max_new_tokens
-        self._pool: list[Environment] = []
-        self._encoded: dict[tuple[str, ...], tuple[tuple[int, ...], ...]] = {}
+        self._environments = environments
+        self._limits = limits
+        self._renderer = Renderer(adapter, media)
+        self.report = report
+        self.timing = Timing()
 
-    def play(self, starts: Sequence[Start], group_size: int, seed: int | None) -> list[Trajectory]:
-        """`group_size` episodes from each start, group by group. Greedy if `seed` is None."""
-        environments = self._environments(len(starts) * group_size)
-        observations = [
-            _reset(environments[number], start)
-            for number, start in enumerate(start for start in starts for _ in range(group_size))
+    def play(
+        self, starts: Sequence[Start], group_size: int, seed: int | None, behaviour: Behaviour | None = None
+    ) -> list[Trajectory]:
+        """`group_size` episodes from each start, group by group, all stepped together. Greedy if `seed` is None.
+
+        An episode whose environment failed ends with the turn before, or is left out if there was none.
+        """
+        self.timing = Timing()
+        members = [(group, start) for group, start in enumerate(starts) for _ in range(group_size)]
+        observed = self._environments.reset([start for _, start in members])
+        episodes = [
+            _Episode(start, group, Conversation(self._renderer, self._limits.history, start.name))
+            for group, start in members
         ]
-        # The members of a group see the same, so one prompt serves them all.
-        first = [observations[number * group_size] for number in range(len(starts))]
-        prompts = [self._prompt(observation, start.name) for observation, start in zip(first, starts, strict=True)]
-        actions = self._sampler.generate(
-            [
-                self._request(prompt, observation, group_size, start.name)
-                for prompt, observation, start in zip(prompts, first, starts, strict=True)
-            ],
-            seed,
-        )
-        return [
-            self._finish(environments[group * group_size + member], start, group, prompts[group], action)
-            for group, (start, members) in enumerate(zip(starts, actions, strict=True))
-            for member, action in enumerate(members)
-        ]
+        for episode, observation in zip(episodes, observed, strict=True):
+            if isinstance(observation, Failure):
+                self._fail(episode, observation)
+            else:
+                episode.show(observation)
+                check_length(self._needed(episode), self._adapter, episode.start.name)
+        turn = 0
+        try:
+            while running := [number for number, episode in enumerate(episodes) if not episode.over]:
+                self._turn(episodes, running, None if seed is None else derive(seed, turn), behaviour)
+                turn += 1
+        finally:
+            self._sampler.forget()
+            self._renderer.forget()
+        return [episode.finish() for episode in episodes if episode.turns]
 
     def demonstrate(self, starts: Sequence[Start]) -> list[Trajectory]:
-        """One episode a start in which the policy gives the example's answer, with log-probs of zero."""
+        """One episode a start in which the policy gives the example's answer, with log-probs of zero.
+
+        Raises TrainingError if an environment goes on after that.
+        """
         trajectories = []
-        for group, (environment, start) in enumerate(zip(self._environments(len(starts)), starts, strict=True)):
-            observation = _reset(environment, start)
+        for group, (start, observation) in enumerate(zip(starts, self._environments.reset(starts), strict=True)):
+            if isinstance(observation, Failure):
+                raise TrainingError(f"{start.name}: the environment {observation.what}")
+            episode = _Episode(start, group, Conversation(self._renderer, "all", start.name))
+            episode.show(observation)
             action = self._answer(start, observation)
-            trajectories.append(self._finish(environment, start, group, self._prompt(observation, start.name), action))
+            transition = self._environments.step({group: _as_action(action)})[group]
+            if isinstance(transition, Failure):
+                raise TrainingError(f"{start.name}: the environment {transition.what}")
+            if not transition.done:
+                raise TrainingError(
+                    f"{start.name}: the environment goes on after the example's answer; demonstrations have one turn"
+                )
+            episode.take(action, transition)
+            trajectories.append(episode.finish())
+        self._renderer.forget()
         return trajectories
 
-    def _environments(self, count: int) -> list[Environment]:
-        while len(self._pool) < count:
-            self._pool.append(self._environment())
-        return self._pool[:count]
+    def _turn(
+        self, episodes: Sequence[_Episode], running: Sequence[int], seed: int | None, behaviour: Behaviour | None
+    ) -> None:
+        began = time.perf_counter()
+        actions = self._act(episodes, running, seed, behaviour)
+        decided = time.perf_counter()
+        transitions = self._environments.step({number: _as_action(action) for number, action in actions.items()})
+        self.timing.policy.append(decided - began)
+        self.timing.environment.append(time.perf_counter() - decided)
+        for number, action in actions.items():
+            episode, transition = episodes[number], transitions[number]
+            if isinstance(transition, Failure):
+                self._fail(episode, transition)
+            else:
+                episode.take(action, transition)
+                self._limit(episode)
 
-    def _prompt(self, observation: Observation, name: str) -> ContextSegment:
-        images = observation.images
-        try:
-            tokens = self._adapter.render(observation.messages, self._media.features(images))
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-        lines = [
-            f"{message.role}: "
-            + "".join("[image]" if isinstance(part, ImagePart) else part.text for part in message.parts)
-            for message in observation.messages
-        ]
-        return ContextSegment(tokens, images, "\n".join(lines))
+    def _act(
+        self, episodes: Sequence[_Episode], running: Sequence[int], seed: int | None, behaviour: Behaviour | None
+    ) -> dict[int, ActionSegment]:
+        """An action for each running episode. Those that see the same make one request."""
+        alike: dict[object, list[int]] = {}
+        for number in running:
+            seen = tuple(map(id, episodes[number].conversation.context))
+            alike.setdefault((seen, episodes[number].observation.choices), []).append(number)
+        requests = [self._request(episodes[numbers[0]], len(numbers)) for numbers in alike.values()]
+        answers = self._sampler.generate(requests, seed, behaviour)
+        actions = {
+            number: action
+            for numbers, given in zip(alike.values(), answers, strict=True)
+            for number, action in zip(numbers, given, strict=True)
+        }
+        for number, action in actions.items():
+            if np.isnan(action.logprobs).any() or (action.logprobs == np.inf).any():
+                name = episodes[number].start.name
+                raise TrainingError(f"{name}: the policy's log-probs are not finite, so its weights are damaged")
+        return {number: actions[number] for number in running}
 
-    def _request(self, prompt: ContextSegment, observation: Observation, count: int, name: str) -> Request:
-        choices = observation.choices
+    def _request(self, episode: _Episode, count: int) -> Request:
+        choices = episode.observation.choices
         return Request(
-            context=(prompt,),
+            context=episode.conversation.context,
             count=count,
-            max_tokens=self._max_new_tokens,
-            name=name,
-            choices=None if choices is None else self._choices(choices),
+            max_tokens=self._limits.max_new_tokens,
+            name=episode.start.name,
+            choices=None if choices is None else self._renderer.choices(choices),
             choice_texts=choices or (),
         )
 
-    def _choices(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each choice.
+    def _needed(self, episode: _Episode) -> int:
+        """Tokens that the policy may have to read and write in the turn to come."""
+        return episode.conversation.length + self._longest(episode)
 
-        If one begins with another ("1" and "10"), the shorter would always be the likelier, so then each ends with
-        the end-of-turn token, and the scores are of whole answers.
-        """
-        if choices not in self._encoded:
-            encoded = [self._adapter.encode(choice) for choice in choices]
-            nested = any(
-                first != second and longer[: len(shorter)] == shorter
-                for first, shorter in enumerate(encoded)
-                for second, longer in enumerate(encoded)
-            )
-            ending = (self._adapter.end_of_turn[0],) if nested else ()
-            self._encoded[choices] = tuple(tokens + ending for tokens in encoded)
-        return self._encoded[choices]
+    def _longest(self, episode: _Episode) -> int:
+        choices = episode.observation.choices
+        return self._limits.max_new_tokens if choices is None else max(map(len, self._renderer.choices(choices)))
+
+    def _limit(self, episode: _Episode) -> None:
+        """Cut an episode that goes on beyond what the task or the model allows."""
+        conversation, limits = episode.conversation, self._limits
+        if conversation.length > self._adapter.context_length:
+            # Not even the state that it is left in could be read, so it is left one turn earlier.
+            if len(episode.turns) == 1:
+                check_length(conversation.length, self._adapter, f"{episode.start.name}, turn 2")
+            episode.step_back()
+        elif episode.over:
+            return
+        elif len(episode.turns) >= limits.max_turns:
+            episode.truncation = "turns"
+        elif limits.max_episode_tokens is not None and (
+            conversation.tokens + self._longest(episode) > limits.max_episode_tokens
+        ):
+            episode.truncation = "tokens"
+        elif self._needed(episode) > self._adapter.context_length:
+            episode.truncation = "context"
+
+    def _fail(self, episode: _Episode, failure: Failure) -> None:
+        episode.truncation = "failure"
+        if self.report is not None:
+            self.report(episode.start.name, failure)
 
     def _answer(self, start: Start, observation: Observation) -> ActionSegment:
         answer = start.example.answer if start.example is not None else None
@@ -143,53 +214,67 @@ class Episodes:
             return ActionSegment(tokens, np.zeros(len(tokens), np.float32), answer)
         if answer not in observation.choices:
             raise DataError(f"{start.name}: answer {answer!r} is none of the choices {', '.join(observation.choices)}")
-        choices, index = self._choices(observation.choices), observation.choices.index(answer)
+        choices, index = self._renderer.choices(observation.choices), observation.choices.index(answer)
         return ActionSegment(choices[index], np.zeros(1, np.float32), answer, choice=index, choices=choices)
 
-    def _finish(
-        self, environment: Environment, start: Start, group: int, prompt: ContextSegment, action: ActionSegment
-    ) -> Trajectory:
-        if not np.isfinite(action.logprobs).all():
-            raise TrainingError(f"{start.name}: the policy's log-probs are not finite, so its weights are damaged")
-        with _playing(start):
-            action_taken = Action(action.text, action.choice, action.ended)
-            transition = _expect(Transition, environment.step(action_taken), "step")
-        if not transition.done:
-            raise TrainingError(f"{start.name}: the environment goes on after one turn; episodes have one turn so far")
+
+class _Episode:
+    """An episode under way."""
+
+    def __init__(self, start: Start, group: int, conversation: Conversation) -> None:
+        self.start = start
+        self.group = group
+        self.conversation = conversation
+        self.turns: list[Turn] = []
+        self.terminated = False
+        self.truncation: Truncation | None = None
+        self.outcome: tuple[Image, ...] = ()
+        self.observation = Observation(())
+        self._left: tuple[Segment, ...] | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.terminated or self.truncation is not None
+
+    def show(self, observation: Observation) -> None:
+        self.observation = observation
+        self.outcome = observation.images
+        self.conversation.observe(observation)
+        self._left = self.conversation.context
+
+    def take(self, action: ActionSegment, transition: Transition) -> None:
+        """A turn is done."""
+        context = self.conversation.context
+        self.turns.append(Turn(context, action, transition.reward, transition.parsed, transition.info))
+        self.conversation.act(action)
+        self.terminated = transition.terminated
+        if transition.truncated and not transition.terminated:
+            self.truncation = "environment"
+        if not transition.terminated:
+            assert transition.observation is not None
+            self.show(transition.observation)
+        elif transition.observation is not None:
+            self.outcome = transition.observation.images
+
+    def step_back(self) -> None:
+        """Leave the episode in the state before its last turn."""
+        last = self.turns.pop()
+        self.truncation = "context"
+        self.outcome = last.observation.images
+        self._left = last.context
+
+    def finish(self) -> Trajectory:
         return Trajectory(
-            example=start.example,
-            seed=start.seed,
-            group=group,
-            segments=(prompt, action),
-            rewards=(transition.reward,),
-            terminated=transition.terminated,
-            truncated=transition.truncated,
-            info=transition.info,
+            example=self.start.example,
+            seed=self.start.seed,
+            group=self.group,
+            turns=tuple(self.turns),
+            terminated=self.terminated,
+            truncation=self.truncation,
+            final=None if self.terminated else self._left,
+            outcome=self.outcome,
         )
 
 
-def _reset(environment: Environment, start: Start) -> Observation:
-    with _playing(start):
-        return _expect(Observation, environment.reset(seed=start.seed, example=start.example), "reset")
-
-
-def _expect(expected: type[T], returned: T, method: str) -> T:
-    """What a plugin's environment returned, if it is what the contract says."""
-    if not isinstance(returned, expected):
-        raise TrainingError(
-            f"the environment's {method}() returned a {type(returned).__name__}; expected a {expected.__name__}"
-        )
-    return returned
-
-
-@contextmanager
-def _playing(start: Start) -> Iterator[None]:
-    """What an environment's code raises becomes an error that names the episode."""
-    try:
-        yield
-    except TrainingError as error:
-        raise TrainingError(f"{start.name}: {error}") from error
-    except RllavaError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise TrainingError(f"{start.name}: the environment {describe(error)}") from error
+def _as_action(action: ActionSegment) -> Action:
+    return Action(action.text, action.choice, action.ended)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rllava_core.errors import ConfigError, DataError
+from rllava_core.errors import ConfigError, DataError, TrainingError
+from rllava_core.mdp.environment import Start
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.rewards import score, succeeded
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.training.build import Task
-from rllava_core.training.episodes import Episodes, Start
+from rllava_core.training.episodes import Episodes
 from rllava_core.training.seeds import HELD_OUT, SWAP, derive
 
 
@@ -22,13 +23,18 @@ class Evaluation:
 
     success_rate: share of episodes that succeeded (see `rllava_core.mdp.rewards.succeeded`).
     return_mean: mean episode return.
+    turns_mean: mean number of turns.
     scores: mean of each reward function.
     successes: of each episode, in order.
+    policy_seconds, environment_seconds: what one turn of one episode took, on average.
     """
 
     success_rate: float
     return_mean: float
+    turns_mean: float
     episodes: int
+    policy_seconds: float
+    environment_seconds: float
     scores: dict[str, float]
     trajectories: tuple[Trajectory, ...]
     successes: tuple[bool, ...]
@@ -38,6 +44,7 @@ class Evaluation:
         return {
             "success_rate": self.success_rate,
             "return_mean": self.return_mean,
+            "turns_mean": self.turns_mean,
             "episodes": self.episodes,
         }
 
@@ -53,15 +60,24 @@ def evaluate(
     if swap_images:
         starts = _swapped(starts, seed)
     trajectories: list[Trajectory] = []
+    policy_seconds = environment_seconds = 0.0
     for begin in range(0, len(starts), chunk):
         played = episodes.play(starts[begin : begin + chunk], group_size=1, seed=None)
         trajectories += [replace(trajectory, group=begin + trajectory.group) for trajectory in played]
+        policy_seconds += sum(episodes.timing.policy)
+        environment_seconds += sum(episodes.timing.environment)
+    if not trajectories:
+        raise TrainingError("the environments of all held-out episodes failed before their first turn was done")
     trajectories = score(trajectories, task.rewards)
+    turns = sum(len(trajectory.turns) for trajectory in trajectories)
     successes = tuple(succeeded(trajectory, task.primary) for trajectory in trajectories)
     return Evaluation(
         success_rate=float(np.mean(successes)),
         return_mean=float(np.mean([trajectory.episode_return for trajectory in trajectories])),
+        turns_mean=turns / len(trajectories),
         episodes=len(trajectories),
+        policy_seconds=policy_seconds / turns,
+        environment_seconds=environment_seconds / turns,
         scores={
             reward.name: float(np.mean([trajectory.scores[reward.name] for trajectory in trajectories]))
             for reward in task.rewards

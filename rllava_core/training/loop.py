@@ -5,37 +5,40 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
+from rllava_core.algorithms.protocol import Batch, Loss, LossFunction, fed_back
 from rllava_core.config import ResolvedConfig
 from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
 from rllava_core.errors import describe as describe_error
-from rllava_core.mdp.rewards import score, succeeded
+from rllava_core.mdp.environment import Failure, Start
+from rllava_core.mdp.rewards import score
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
 from rllava_core.policy.checks import check_recomputed
 from rllava_core.policy.policy import PolicyOutput
 from rllava_core.training import checkpoint
-from rllava_core.training.build import Parts, Task, build_parts, device_name
+from rllava_core.training.build import Parts, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
-from rllava_core.training.episodes import Episodes, Start
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
 from rllava_core.training.lifecycle import Lifecycle
+from rllava_core.training.metrics import Clock, describe, mean
 from rllava_core.training.run_directory import RunDirectory
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
 from rllava_core.training.storage import peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
+
+_KINDS_SHOWN = 20
+"""Different failures of environments that are named one by one."""
 
 
 class Observer(Protocol):
@@ -68,14 +71,14 @@ def train(
     latest = directory.check(resolved.run, resume=resume)
     for warning in [*registry.warnings, *directory.check_plugins(registry)]:
         observer.warned(warning)
-    parts = build_parts(resolved, latest)
-    held_out(parts.task, training.eval_episodes, training.seed)
-    progress = Progress() if latest is None else checkpoint.restore(latest, parts)
-    # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
-    directory.begin(resolved.run)
-    directory.write_manifest(registry, training.seed, device_name(parts.policy))
-    observer.started(directory.path, training.steps, None if latest is None else progress.step)
-    return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
+    with build_parts(resolved, latest) as parts:
+        held_out(parts.task, training.eval_episodes, training.seed)
+        progress = Progress() if latest is None else checkpoint.restore(latest, parts)
+        # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
+        directory.begin(resolved.run)
+        directory.write_manifest(registry, training.seed, device_name(parts.policy))
+        observer.started(directory.path, training.steps, None if latest is None else progress.step)
+        return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
 
 class _Run:
@@ -101,9 +104,8 @@ class _Run:
         self.progress = progress
         self.resumed = resumed
         self.saved_step = progress.step
-        self.episodes = Episodes(
-            parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens
-        )
+        self.episodes = parts.episodes
+        self.episodes.report = self._failed
         examples = parts.task.examples("train")
         self.order = None if examples is None else DataOrder(examples, self.training.seed)
 
@@ -161,6 +163,8 @@ class _Run:
             **more,
         }
         try:
+            if self.progress.failures:
+                summary["environment_failures"] = dict(Counter(self.progress.failures).most_common(_KINDS_SHOWN))
             if self.lifecycle.detached:
                 summary["detached_plugins"] = list(self.lifecycle.detached)
             self.directory.write_summary(summary)
@@ -188,41 +192,65 @@ class _Run:
     def _step(self, step: int) -> dict[str, float]:
         """One iteration: everything random in it follows from (seed, step)."""
         algorithm, trainer = self.parts.algorithm, self.parts.trainer
-        clock = _Clock()
+        clock = Clock()
         seed_everything(derive(self.training.seed, GLOBAL, step))
         starts = self._starts(step)
+        behaviour = algorithm.behaviour()
+        failed_before = sum(self.progress.failures.values())
         if algorithm.experience == "rollouts":
             seed = derive(self.training.seed, SAMPLING, step)
-            trajectories = self.episodes.play(starts, algorithm.group_size, seed)
+            trajectories = self.episodes.play(starts, algorithm.group_size, seed, behaviour)
         else:
             trajectories = self.episodes.demonstrate(starts)
+        if not trajectories:
+            raise TrainingError("the environments of all episodes failed before their first turn was done")
         clock.lap("rollout")
         trajectories = score(trajectories, self.parts.task.rewards)
         clock.lap("reward")
+        sampled = algorithm.experience == "rollouts" and behaviour.is_policy
+        fresh = {id(action) for trajectory in trajectories for action in trajectory.actions} if sampled else set()
         rate = learning_rate(self.training, step)
         updates: list[Mapping[str, float]] = []
-        for batch in algorithm.prepare(trajectories, trainer):
+        batches = algorithm.prepare(trajectories, trainer)
+        for batch in fed_back(batches, updates):
             # Before the first update the policy is still the one that sampled.
-            unchanged = not updates and algorithm.experience == "rollouts"
-            loss = self._checked(algorithm.loss, batch) if unchanged else algorithm.loss
+            loss = algorithm.loss if updates else self._checked(algorithm.loss, batch, fresh)
             updates.append(trainer.step(batch, loss, rate))
         clock.lap("update")
         self.parts.sampler.sync(trainer.policy)
         clock.lap("sync")
         if self.training.sample_every and step % self.training.sample_every == 0:
             write_sample(self.directory.trajectories, step + 1, trajectories)
-        return {**describe(trajectories, self.parts.task), **_mean(updates), **clock.laps}
+        metrics = {**describe(trajectories, self.parts.task), **mean(updates), **algorithm.report()}
+        failures = sum(self.progress.failures.values()) - failed_before
+        return {**metrics, "rollout/environment_failures": float(failures), **clock.laps}
 
-    def _checked(self, loss: LossFunction, batch: Batch) -> LossFunction:
-        """The loss, after a check that what is trained is what was sampled."""
+    def _checked(self, loss: LossFunction, batch: Batch, fresh: Collection[int]) -> LossFunction:
+        """The loss, after a check that what is trained is what was sampled.
+
+        fresh: the actions, by identity, that the policy as it is now has sampled; others cannot be compared.
+        """
+        comparable = [_all_in(trajectory, fresh) for trajectory in batch.trajectories]
 
         def checked(micro: Batch, output: PolicyOutput) -> Loss:
-            gap = check_recomputed(micro.trajectories, output.logprobs, self.training.max_logprob_gap)
-            share = len(micro.trajectories) / len(batch.trajectories)
+            own = [trajectory for trajectory in micro.trajectories if _all_in(trajectory, fresh)]
+            if not own:
+                return loss(micro, output)
+            mask = torch.tensor([_all_in(item, fresh) for item in micro.trajectories for _ in range(item.decisions)])
+            logprobs = output.logprobs[mask.to(output.logprobs.device)]
+            gap = check_recomputed(own, logprobs, self.training.max_logprob_gap) * len(own) / sum(comparable)
             result = loss(micro, output)
-            return Loss(result.total, {**result.metrics, "policy/logprob_gap": torch.tensor(gap * share)})
+            return Loss(result.total, {**result.metrics, "policy/logprob_gap": torch.tensor(gap)})
 
         return checked
+
+    def _failed(self, episode: str, failure: Failure) -> None:
+        """An environment in a worker failed: its episode is cut, the run goes on, and the user is told."""
+        what = f"{episode}: the environment {failure.what}"
+        failures = self.progress.failures
+        failures[failure.what] = failures.get(failure.what, 0) + 1
+        if failures[failure.what] == 1 and len(failures) <= _KINDS_SHOWN:
+            self.observer.warned(f"step {self.progress.step + 1}: {what}; its episode ends here and the run goes on")
 
     def _starts(self, step: int) -> list[Start]:
         count = self.training.prompts_per_step
@@ -232,11 +260,15 @@ class _Run:
         return [Start(example, seed) for example, seed in zip(self.order.take(step * count, count), seeds, strict=True)]
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        clock = _Clock()
+        clock = Clock()
         training = self.training
         with self._during(f"evaluation at step {step}"):
             result = evaluate(
-                self.parts.task, self.episodes, training.eval_episodes, training.seed, training.prompts_per_step
+                self.parts.task,
+                self.episodes,
+                training.eval_episodes,
+                training.seed,
+                training.prompts_per_step * self.parts.algorithm.group_size,
             )
         summary = result.summary()
         evaluations = self.progress.evaluations
@@ -260,53 +292,12 @@ class _Run:
         return f"the last good checkpoint is {found[-1][1]}" if found else "no checkpoint had been saved yet"
 
 
-def describe(trajectories: Sequence[Trajectory], task: Task) -> dict[str, float]:
-    """Metrics of a step's trajectories, all but timings."""
-    returns = np.array([trajectory.episode_return for trajectory in trajectories])
-    groups = np.array([trajectory.group for trajectory in trajectories])
-    # A group whose returns are all equal teaches a group-relative algorithm nothing.
-    uniform = [float(np.ptp(returns[groups == group]) == 0) for group in np.unique(groups)]
-    return {
-        "reward/mean": float(returns.mean()),
-        "reward/std": float(returns.std()),
-        **{
-            f"reward/{reward.name}": float(np.mean([trajectory.scores[reward.name] for trajectory in trajectories]))
-            for reward in task.rewards
-        },
-        "rollout/success_rate": float(np.mean([succeeded(trajectory, task.primary) for trajectory in trajectories])),
-        "rollout/uniform_groups": float(np.mean(uniform)),
-        "rollout/action_tokens": float(
-            np.mean([sum(len(action.tokens) for action in trajectory.actions) for trajectory in trajectories])
-        ),
-        "rollout/cut_share": float(np.mean([not trajectory.actions[-1].ended for trajectory in trajectories])),
-    }
+def _all_in(trajectory: Trajectory, actions: Collection[int]) -> bool:
+    return all(id(action) in actions for action in trajectory.actions)
 
 
 def _due(every: int, step: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
-
-
-def _mean(updates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps of an iteration."""
-    columns: dict[str, list[float]] = defaultdict(list)
-    for update in updates:
-        for name, value in update.items():
-            columns[name].append(value)
-    means = {name: float(np.mean(values)) for name, values in columns.items()}
-    return {**means, "policy/updates": float(len(updates))}
-
-
-class _Clock:
-    """Seconds of each phase, as `time/…` metrics."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[f"time/{name}"] = now - self._last
-        self._last = now
 
 
 class _Interrupt:

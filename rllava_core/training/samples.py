@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.mdp.trajectory import ContextSegment, Trajectory
 from rllava_core.training.storage import write_text, writing
 
 
@@ -26,8 +26,7 @@ def write_sample(directory: Path, step: int, trajectories: Sequence[Trajectory],
 def _section(directory: Path, members: Sequence[Trajectory]) -> str:
     first = members[0]
     lines = [f"## {first.name}\n"]
-    lines += [f"![image]({_save(directory, image)})\n" for image in first.prompt.images]
-    lines += [f"    {line}" for line in first.prompt.text.splitlines()]
+    lines += _shown(directory, first.prompt)
     if first.example is not None and first.example.answer is not None:
         lines.append(f"\nRight answer: {_code(first.example.answer)}")
     names = list(first.scores)
@@ -38,12 +37,33 @@ def _section(directory: Path, members: Sequence[Trajectory]) -> str:
         cells = [
             turns,
             f"{trajectory.behaviour_logprobs.sum():.3f}",
-            "yes" if trajectory.actions[-1].ended else "cut",
+            _ended(trajectory),
             *(f"{trajectory.scores[name]:g}" for name in names),
             f"{trajectory.episode_return:g}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    longest = max(members, key=lambda trajectory: len(trajectory.turns))
+    if len(longest.turns) > 1:
+        lines.append(f"\nThe longest of these, turn by turn ({len(longest.turns)} turns):\n")
+        for number, turn in enumerate(longest.turns):
+            lines += _shown(directory, turn.observation) if number else []
+            unparsed = "" if turn.parsed else ", which the environment could not read"
+            lines.append(f"\nTurn {number + 1}: {_code(turn.action.text)}{unparsed}, reward {turn.reward:g}\n")
+        if longest.outcome:
+            lines += [f"![image]({_save(directory, image)})\n" for image in longest.outcome]
     return "\n".join(lines) + "\n"
+
+
+def _shown(directory: Path, observation: ContextSegment) -> list[str]:
+    images = [f"![image]({_save(directory, image)})\n" for image in observation.images]
+    return images + [f"    {line}" for line in observation.text.splitlines()]
+
+
+def _ended(trajectory: Trajectory) -> str:
+    """How the episode ended, or whether its only answer was cut."""
+    if trajectory.truncation is not None:
+        return f"truncated ({trajectory.truncation})"
+    return "yes" if trajectory.actions[-1].ended else "cut"
 
 
 def _code(text: str) -> str:

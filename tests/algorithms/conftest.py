@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.policy.policy import PolicyOutput
 
 
@@ -31,9 +31,8 @@ class Maker:
                 segments.append(ActionSegment((7, 8), logprobs, "", choice=0, choices=((7, 8), (9,))))
             else:
                 segments.append(ActionSegment(tuple(range(decisions)), logprobs, ""))
-        return Trajectory(
-            Example(f"example {group}"), 0, group, tuple(segments), (0.25,) * len(turns), True, score=score
-        )
+        rewards = [0.25] * len(turns)
+        return Trajectory(Example(f"example {group}"), 0, group, conversation(segments, rewards), True, score=score)
 
     def output(self, trajectories: Sequence[Trajectory], seed: int = 0, shift: float = 0.0) -> PolicyOutput:
         """Log-probs near the behaviour policy's, and entropies, of all decisions."""
@@ -51,13 +50,14 @@ class Access:
         self.reference = reference
         self.asked: list[Any] = []
 
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        raise AssertionError("nothing here needs the policy's own log-probs")
-
-    def evaluate_reference(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        assert copy == "reference", "nothing here needs the policy's own log-probs"
         assert self.reference is not None
         self.asked.append(tuple(trajectories))
         return self.reference
+
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        raise AssertionError("nothing here moves a copy")
 
 
 @pytest.fixture

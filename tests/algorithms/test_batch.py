@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,8 +51,13 @@ def test_columns_are_attributes_and_others_are_none(make: Any) -> None:
 def cost(trajectories: tuple[Trajectory, ...]) -> int:
     """Tokens of distinct prompts, and of all that follows them."""
     prompts = {trajectory.prompt.tokens for trajectory in trajectories}
-    rest = (segment.tokens for trajectory in trajectories for segment in trajectory.segments[1:])
-    return sum(map(len, [*prompts, *rest]))
+    rest = [segment.tokens for trajectory in trajectories for segment in trajectory.turns[-1].context[1:]]
+    last = [trajectory.actions[-1].tokens for trajectory in trajectories]
+    # Of a choice of several tokens, all but the last are read once more, along a path of their own.
+    paths = [
+        choice[:-1] for trajectory in trajectories for action in trajectory.actions for choice in action.choices or ()
+    ]
+    return sum(map(len, [*prompts, *rest, *last, *paths]))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 10, 23, 50, 10**6])
@@ -78,6 +84,22 @@ def test_a_prompt_that_is_shared_counts_once(make: Any) -> None:
     assert sizes(15) == [2, 2, 1]
     assert sizes(16) == [3, 2]
     assert sizes(20) == [5]
+
+
+def test_what_a_window_shows_again_counts_again_and_once_for_all(make: Any) -> None:
+    """Turns that see only the last observation are as many beginnings, which others may share."""
+    whole = make.trajectory(turns=(2, 2, 2), prompt=10)
+    windows = replace(whole, turns=tuple(replace(turn, context=(turn.observation,)) for turn in whole.turns))
+    # The prompt of 10, one equal observation of 3 for both later turns, and three answers of 2.
+    size = 10 + 3 + 3 * 2
+
+    def sizes(tokens: int, count: int = 3) -> list[int]:
+        return [len(part.trajectories) for part in numbered([windows] * count).split(tokens)]
+
+    assert sizes(size) == [1, 1, 1]
+    assert sizes(size + 5) == [1, 1, 1]
+    assert sizes(size + 6) == [2, 1]
+    assert sizes(size + 12) == [3]
 
 
 def test_a_batch_of_nothing_splits_into_nothing() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -78,6 +78,79 @@ def test_advantages_may_be_given_for_every_decision(access: Any, trajectories: l
 
     batch = only(Numbered(PolicyGradientConfig()).prepare(trajectories, access()))
     assert batch.advantages.tolist() == list(range(sum(trajectory.decisions for trajectory in trajectories)))
+
+
+def test_a_reward_is_that_of_the_last_decision_of_its_turn(trajectories: list[Trajectory]) -> None:
+    """And the reward functions', which come at the end, that of the last turn's."""
+    rollouts = Rollouts.of(trajectories)
+
+    rewards: list[float] = []
+    turns: list[float] = []
+    for item in trajectories:
+        for number, action in enumerate(item.actions):
+            earned = 0.25 + (item.score if number == len(item.actions) - 1 else 0.0)
+            rewards += [0.0] * (action.decisions - 1) + [earned]
+            turns.append(earned)
+    assert rollouts.rewards.tolist() == pytest.approx(rewards)
+    assert rollouts.turn_rewards.tolist() == pytest.approx(turns)
+    assert rollouts.returns.tolist() == pytest.approx([item.episode_return for item in trajectories])
+    assert rollouts.turns.tolist() == [1, 1, 2, 1, 2, 1]
+    assert rollouts.turn_decisions.tolist() == [3, 1, 4, 2, 1, 1, 5, 2]
+    assert rollouts.decisions.tolist() == [item.decisions for item in trajectories]
+
+
+def test_advantages_may_be_given_for_every_turn(access: Any, trajectories: list[Trajectory]) -> None:
+    class OfTurns(Reinforce):
+        def advantages(self, rollouts: Rollouts) -> Tensor:
+            return torch.arange(len(rollouts.turn_decisions)).float()
+
+    batch = only(OfTurns(PolicyGradientConfig()).prepare(trajectories, access()))
+
+    actions = [action for item in trajectories for action in item.actions]
+    assert batch.advantages.tolist() == [
+        number for number, action in enumerate(actions) for _ in range(action.decisions)
+    ]
+
+
+def test_divergence_in_the_reward_lowers_the_reward_of_each_decision(
+    make: Any, access: Any, trajectories: list[Trajectory]
+) -> None:
+    reference = make.output(trajectories, seed=9)
+    lowered: list[Tensor] = []
+
+    class Watching(Reinforce):
+        def advantages(self, rollouts: Rollouts) -> Tensor:
+            lowered.append(rollouts.rewards)
+            return super().advantages(rollouts)
+
+    config = PolicyGradientConfig(kl_coefficient=0.4, kl_estimator="k1", kl_in="reward")
+    list(Watching(config).prepare(trajectories, access(reference)))
+
+    plain = Rollouts.of(trajectories)
+    gap = plain.old_logprobs - reference.logprobs.detach()
+    torch.testing.assert_close(lowered[0].double(), plain.rewards - 0.4 * gap.double(), rtol=0, atol=1e-6)
+
+
+def test_a_subclass_may_stop_before_the_last_minibatch(access: Any, trajectories: list[Trajectory]) -> None:
+    class Stopping(Reinforce):
+        def stops(self, metrics: Mapping[str, float]) -> bool:
+            return metrics["policy/kl"] > 1
+
+    batches = Stopping(PolicyGradientConfig(epochs=3, minibatches=2)).prepare(trajectories, access())
+    next(batches)
+    batches.send({"policy/kl": 0.5})
+    batches.send({"policy/kl": 1.0})
+    with pytest.raises(StopIteration):
+        batches.send({"policy/kl": 1.5})
+    # One that is told nothing goes on to the end.
+    assert len(list(Stopping(PolicyGradientConfig(epochs=3, minibatches=2)).prepare(trajectories, access()))) == 6
+
+
+def test_by_default_the_policy_acts_as_itself_and_nothing_more_is_reported(trajectories: list[Trajectory]) -> None:
+    algorithm = reinforce()
+    assert algorithm.behaviour().is_policy
+    assert algorithm.report() == {}
+    assert (algorithm.copies, reinforce(kl_coefficient=0.1).copies) == ((), ("reference",))
 
 
 def test_advantages_are_taken_once_however_many_epochs_follow(access: Any, trajectories: list[Trajectory]) -> None:
@@ -184,7 +257,7 @@ def test_without_a_coefficient_the_reference_is_not_asked(access: Any, trajector
     algorithm = reinforce(kl_coefficient=0.0)
     asked = access()
     batch = only(algorithm.prepare(trajectories, asked))
-    assert not algorithm.uses_reference
+    assert not algorithm.copies
     assert asked.asked == []
     assert "reference_logprobs" not in batch.columns
 

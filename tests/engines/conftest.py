@@ -17,10 +17,10 @@ from rllava_core.engines.local_train import LocalTrainEngine
 from rllava_core.engines.protocol import TrainSetup
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy
+from rllava_core.policy.policy import Head, Policy
 from rllava_core.testing.tiny import END, IMAGE, START, TinyAdapter
 
 
@@ -41,7 +41,7 @@ class Workbench:
         """Accelerate keeps one mixed precision a process."""
         AcceleratorState._reset_state(True)
 
-    def policy(self, seed: int = 0, heads: Mapping[str, int] | None = None, precise: bool = True) -> Policy:
+    def policy(self, seed: int = 0, heads: Mapping[str, Head] | None = None, precise: bool = True) -> Policy:
         torch.manual_seed(seed)
         adapter = (PreciseTinyAdapter if precise else TinyAdapter)(ModelConfig(from_scratch="tiny"))
         policy = Policy(adapter, adapter.load(), heads)
@@ -50,13 +50,13 @@ class Workbench:
     def engine(
         self,
         policy: Policy | None = None,
-        reference: Policy | None = None,
+        copies: Mapping[str, Policy] | None = None,
         config: LocalTrainConfig | None = None,
         **training: Any,
     ) -> LocalTrainEngine:
         policy = policy or self.policy()
         section = TrainingSection(steps=1, **{"max_grad_norm": None, **training})
-        setup = TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+        setup = TrainSetup(policy, copies or {}, MediaStore(policy.adapter), section)
         return LocalTrainEngine(config or LocalTrainConfig(device="cpu"), setup)
 
     def picture(self, height: int = 8, width: int = 8, seed: int = 0) -> Image:
@@ -77,8 +77,7 @@ class Workbench:
         return ActionSegment(entries[index], recorded, choices[index], choice=index, choices=entries)
 
     def episode(self, group: int, *segments: Segment, score: float = 0.0) -> Trajectory:
-        turns = sum(isinstance(segment, ActionSegment) for segment in segments)
-        return Trajectory(Example(f"example {group}"), 0, group, segments, (0.0,) * turns, True, score=score)
+        return Trajectory(Example(f"example {group}"), 0, group, conversation(segments), True, score=score)
 
     def trajectories(self) -> list[Trajectory]:
         """Three groups: text with a picture, choices, and several turns with new pictures."""

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from rllava_core.engines import local_rollout
 from rllava_core.engines.config import LocalRolloutConfig
 from rllava_core.engines.local_rollout import LocalRolloutEngine
 from rllava_core.engines.protocol import RolloutSetup
 from rllava_core.mdp.trajectory import ActionSegment
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
-from rllava_core.policy.sampling import Request
+from rllava_core.policy.sampling import Request, Sampler
 
 
 def engine_of(policy: Policy, limit: int = 512, autocast: Any = nullcontext) -> LocalRolloutEngine:
@@ -61,23 +60,24 @@ def test_without_a_seed_actions_are_the_greedy_ones(bench: Any) -> None:
     ("limit", "chunks"),
     [
         (1, [[4], [3], [9], [1], [2]]),
-        (7, [[4, 3], [9], [1, 2]]),
-        (8, [[4, 3], [9], [1, 2]]),
-        (16, [[4, 3, 9], [1, 2]][:2]),
+        (7, [[4, 2], [3, 1], [9]]),
+        (8, [[4, 2], [3, 1], [9]]),
+        (13, [[4, 9], [3, 1], [2]]),
+        (16, [[4, 9, 2], [3, 1]]),
     ],
 )
 def test_no_more_sequences_than_allowed_are_decoded_at_once(
     bench: Any, monkeypatch: pytest.MonkeyPatch, limit: int, chunks: list[list[int]]
 ) -> None:
-    """Groups stay whole, so one that is larger goes alone."""
+    """Groups stay whole, so one that is larger goes alone; texts and choices are not mixed."""
     seen: list[list[int]] = []
-    original = local_rollout.sample
+    original = Sampler._answer
 
-    def spy(policy: Any, media: Any, requests: list[Request], generator: Any) -> list[list[ActionSegment]]:
+    def spy(self: Sampler, requests: list[Request], *others: Any) -> Any:
         seen.append([request.count for request in requests])
-        return original(policy, media, requests, generator)
+        return original(self, requests, *others)
 
-    monkeypatch.setattr(local_rollout, "sample", spy)
+    monkeypatch.setattr(Sampler, "_answer", spy)
     requests = requests_of(bench, [4, 3, 9, 1, 2])
 
     actions = engine_of(bench.policy(), limit).generate(requests, 0)

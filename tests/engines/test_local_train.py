@@ -17,7 +17,7 @@ from rllava_core.engines.config import LocalTrainConfig
 from rllava_core.engines.local_train import LocalTrainEngine
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.policy import Head, Policy, PolicyOutput
 
 
 class Reinforce(PolicyGradient):
@@ -61,7 +61,7 @@ def test_gradients_and_metrics_do_not_depend_on_the_micro_batches(bench: Any, ag
     trajectories = bench.trajectories()
     passes, results = [], []
     for tokens in (1, 50, 10**6):
-        engine = bench.engine(reference=bench.policy(seed=5), micro_batch_tokens=tokens)
+        engine = bench.engine(copies={"reference": bench.policy(seed=5)}, micro_batch_tokens=tokens)
         algorithm = Reinforce(config)
         batch = prepared(algorithm, engine, trajectories)
         seen: list[int] = []
@@ -199,7 +199,7 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_no_trace(bench: Any, lo
 
 @pytest.mark.parametrize("tokens", [1, 50, 10**6])
 def test_evaluate_gives_all_decisions_in_order_without_gradients(bench: Any, tokens: int) -> None:
-    policy = bench.policy(heads={"value": 2})
+    policy = bench.policy(heads={"value": Head(2)})
     engine = bench.engine(policy, micro_batch_tokens=tokens)
     trajectories = bench.trajectories()
     expected = alone(policy, engine, trajectories)
@@ -219,13 +219,13 @@ def test_evaluate_gives_all_decisions_in_order_without_gradients(bench: Any, tok
 def test_the_reference_stays_what_it_was_while_the_policy_learns(bench: Any) -> None:
     trajectories = bench.trajectories()
     reference = bench.policy()
-    engine = bench.engine(reference=reference)
-    before = engine.evaluate_reference(trajectories).logprobs
+    engine = bench.engine(copies={"reference": reference})
+    before = engine.evaluate(trajectories, "reference").logprobs
     assert torch.equal(before, engine.evaluate(trajectories).logprobs)
 
     engine.step(weighted(trajectories), simple, 1e-2)
 
-    assert torch.equal(engine.evaluate_reference(trajectories).logprobs, before)
+    assert torch.equal(engine.evaluate(trajectories, "reference").logprobs, before)
     assert (engine.evaluate(trajectories).logprobs - before).abs().max() > 1e-3
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 
@@ -261,14 +261,14 @@ def test_forward_passes_may_be_in_bfloat16_over_float32_weights(bench: Any) -> N
     exact = bench.engine(bench.policy(precise=False)).evaluate(trajectories)
     bench.forget_the_precision()
     config = LocalTrainConfig(device="cpu", mixed_precision="bf16")
-    engine = bench.engine(bench.policy(precise=False), bench.policy(precise=False), config)
+    engine = bench.engine(bench.policy(precise=False), {"reference": bench.policy(precise=False)}, config)
 
     rounded = engine.evaluate(trajectories)
     gap = (rounded.logprobs - exact.logprobs).abs()
     assert 1e-5 < gap.mean() < 0.05
     assert rounded.logprobs.dtype == torch.float32
     # Or the divergence from the reference would begin with rounding errors.
-    assert torch.equal(engine.evaluate_reference(trajectories).logprobs, rounded.logprobs)
+    assert torch.equal(engine.evaluate(trajectories, "reference").logprobs, rounded.logprobs)
     metrics = engine.step(weighted(trajectories), simple, 1e-3)
     assert metrics["policy/loss"] == pytest.approx(-float(exact.logprobs.mean()), abs=0.05)
     assert all(parameter.dtype == torch.float32 for parameter in engine.policy.parameters())

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from rllava_core.mdp.environment import Start
+from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message, Observation, TextPart, Transition
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, group_sizes
+from rllava_core.mdp.trajectory import (
+    ActionSegment,
+    ContextSegment,
+    Segment,
+    Stretch,
+    Trajectory,
+    Turn,
+    conversation,
+    group_sizes,
+    stretches,
+)
 
 
 def picture(grey: int) -> Image:
@@ -25,22 +39,24 @@ def episode() -> Trajectory:
         example=None,
         seed=17,
         group=2,
-        segments=(
-            ContextSegment((1, 90, 90, 2), images=(picture(10),), text="<image> What is in the corner?"),
-            ActionSegment((5, 6, 7), logprobs(-0.1, -0.2, -0.3), text="zoom 3 4"),
-            ContextSegment((3, 90, 4), images=(picture(20),), text="<image>"),
-            ActionSegment((8, 9), logprobs(-0.5, -0.25), text="left", ended=False),
-            ContextSegment((3, 90, 90, 90, 4), images=(picture(30), picture(10)), text="<image><image> Which?"),
-            ActionSegment((11, 12), logprobs(-1.5), text="a cat", choice=1, choices=((10,), (11, 12))),
+        turns=conversation(
+            [
+                ContextSegment((1, 90, 90, 2), images=(picture(10),), text="<image> What is in the corner?"),
+                ActionSegment((5, 6, 7), logprobs(-0.1, -0.2, -0.3), text="zoom 3 4"),
+                ContextSegment((3, 90, 4), images=(picture(20),), text="<image>"),
+                ActionSegment((8, 9), logprobs(-0.5, -0.25), text="left", ended=False),
+                ContextSegment((3, 90, 90, 90, 4), images=(picture(30), picture(10)), text="<image><image> Which?"),
+                ActionSegment((11, 12), logprobs(-1.5), text="a cat", choice=1, choices=((10,), (11, 12))),
+            ],
+            (0.0, -0.5, 1.0),
         ),
-        rewards=(0.0, -0.5, 1.0),
         terminated=True,
         score=0.25,
     )
 
 
 def test_images_of_later_turns_belong_to_their_turn(episode: Trajectory) -> None:
-    contexts = [segment for segment in episode.segments if isinstance(segment, ContextSegment)]
+    contexts = [turn.observation for turn in episode.turns]
     assert [[image.pixels[0, 0, 0] for image in context.images] for context in contexts] == [[10], [20], [30, 10]]
     assert contexts[0].images[0].digest == contexts[2].images[1].digest, "one picture shown twice is one content"
     assert episode.prompt is contexts[0]
@@ -71,6 +87,79 @@ def test_without_an_example_the_seed_names_the_episode(episode: Trajectory) -> N
 
 def test_groups_are_counted(episode: Trajectory) -> None:
     assert group_sizes([episode, episode]) == {2: 2}
+
+
+def test_a_turn_sees_all_that_came_before_it(episode: Trajectory) -> None:
+    first, second, third = episode.turns
+    assert first.context == (episode.prompt,)
+    assert second.context[:-1] == (*first.context, first.action)
+    assert third.context[:-1] == (*second.context, second.action)
+    assert third.observation is third.context[-1]
+    assert episode.turns == conversation([*third.context, third.action], (0.0, -0.5, 1.0))
+
+
+def test_the_last_turn_earns_what_reward_functions_give(episode: Trajectory) -> None:
+    assert [turn.reward for turn in episode.turns] == [0.0, -0.5, 1.0]
+    assert episode.rewards == (0.0, -0.5, 1.25)
+
+
+def test_what_the_environment_said_last_is_known(episode: Trajectory) -> None:
+    *earlier, last = episode.turns
+    said = replace(episode, turns=(*(replace(turn, info={"k": 0}) for turn in earlier), replace(last, info={"k": 1})))
+    assert (episode.info, said.info) == ({}, {"k": 1})
+
+
+def test_an_episode_is_truncated_if_there_is_a_reason(episode: Trajectory) -> None:
+    assert not episode.truncated
+    assert replace(episode, terminated=False, truncation="turns").truncated
+
+
+def test_a_conversation_needs_a_reward_for_each_turn_or_none(episode: Trajectory) -> None:
+    last = episode.turns[-1]
+    assert [turn.reward for turn in conversation([*last.context, last.action])] == [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="shorter"):
+        conversation([*last.context, last.action], [1.0])
+
+
+def window(turn: Turn, *context: Segment) -> Turn:
+    return replace(turn, context=context)
+
+
+def test_turns_that_see_all_before_them_are_one_stretch(episode: Trajectory) -> None:
+    first, second, third = episode.turns
+
+    [whole] = stretches(episode.turns)
+
+    rest = (first.action, second.observation, second.action, third.observation, third.action)
+    assert whole == Stretch(first.context, rest)
+
+
+def test_a_turn_that_sees_less_begins_a_stretch(episode: Trajectory) -> None:
+    first, second, third = episode.turns
+    turns = (
+        first,
+        window(second, second.observation),
+        window(third, second.observation, second.action, third.observation),
+    )
+
+    assert stretches(turns) == [
+        Stretch(first.context, (first.action,)),
+        Stretch((second.observation,), (second.action, third.observation, third.action)),
+    ]
+    alone = [window(turn, turn.observation) for turn in episode.turns]
+    assert stretches(alone) == [Stretch((turn.observation,), (turn.action,)) for turn in episode.turns]
+
+
+def test_equal_segments_that_are_not_the_same_are_no_continuation(episode: Trajectory) -> None:
+    """The same answer may have been given in another turn."""
+    first, second, _ = episode.turns
+    other = window(second, first.observation, replace(first.action), second.observation)
+    assert [len(item.rest) for item in stretches((first, other))] == [1, 1]
+
+
+def test_a_start_is_named_by_its_example_or_its_seed() -> None:
+    assert Start(Example("train.jsonl:3"), 5).name == "train.jsonl:3"
+    assert Start(None, 5).name == "episode with seed 5"
 
 
 def test_a_user_message_keeps_text_and_images_in_reading_order() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,24 @@ import pytest
 from rllava_core.errors import RewardError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.rewards import WeightedReward, score, succeeded
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, conversation
 
 
-def episode(answer: str = "7", name: str = "train.jsonl:1", **changes: Any) -> Trajectory:
+def episode(
+    answer: str = "7",
+    name: str = "train.jsonl:1",
+    rewards: Sequence[float] = (0.0,),
+    info: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Trajectory:
+    """One of as many turns as rewards; `info` comes with the last of them."""
+    turn = (ContextSegment((1, 2)), ActionSegment((3,), np.zeros(1, np.float32), text=answer))
+    *earlier, last = conversation(turn * len(rewards), rewards)
     values: dict[str, Any] = {
         "example": Example(name=name, answer="7"),
         "seed": 0,
         "group": 0,
-        "segments": (ContextSegment((1, 2)), ActionSegment((3,), np.zeros(1, np.float32), text=answer)),
-        "rewards": (0.0,),
+        "turns": (*earlier, replace(last, info=info or {})),
         "terminated": True,
     }
     return Trajectory(**(values | changes))

@@ -294,7 +294,7 @@ def test_the_core_registers_its_own_components_like_any_plugin() -> None:
 
     assert [plugin.status for plugin in registry.plugins] == ["ok"]
     assert [(c.kind, c.spec.name, sorted(c.spec.provides)) for c in registry.components()] == [
-        ("engine", "local", ["logprobs", "rollout"]),
+        ("engine", "local", ["action_values", "logprobs", "rollout"]),
         ("engine", "local", ["train"]),
         ("environment", "single_turn", []),
     ]

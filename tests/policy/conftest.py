@@ -6,7 +6,7 @@ Everything that a batch computes is compared with this.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, Turn, conversation
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Policy
+from rllava_core.policy.policy import Head, Policy
 from rllava_core.testing.tiny import END, IMAGE, PAD, PATCH, START, TinyAdapter
 
 FORBIDDEN = (START, PAD, IMAGE)
@@ -69,6 +69,13 @@ class Decisions:
     states: Tensor
 
 
+def read(context: Sequence[Segment]) -> tuple[list[int], list[Image]]:
+    """The tokens and the images of what a policy sees."""
+    tokens = [token for segment in context for token in segment.tokens]
+    images = [image for segment in context if isinstance(segment, ContextSegment) for image in segment.images]
+    return tokens, images
+
+
 class Plain:
     """The plain model, and a log-softmax over the whole vocabulary."""
 
@@ -92,29 +99,29 @@ class Plain:
         return logits - logits.logsumexp(-1, keepdim=True), hidden
 
     def decisions(self, trajectory: Trajectory) -> Decisions:
-        """The trajectory alone; each choice as a sequence of its own."""
-        tokens: list[int] = []
-        images: list[Image] = []
+        """Each turn of the trajectory alone, with what it saw; each choice as a sequence of its own."""
         logprobs, entropies, states = [], [], []
-        for segment in trajectory.segments:
-            if isinstance(segment, ContextSegment):
-                images += segment.images
-            elif segment.choice is None:
-                table, hidden = self.next_token([*tokens, *segment.tokens], images)
-                for step, token in enumerate(segment.tokens):
+        for turn in trajectory.turns:
+            tokens, images, action = *read(turn.context), turn.action
+            if action.choice is None:
+                table, hidden = self.next_token([*tokens, *action.tokens], images)
+                for step, token in enumerate(action.tokens):
                     row = len(tokens) + step - 1
                     logprobs.append(table[row, token])
                     possible = table[row][table[row] > -torch.inf]
                     entropies.append(-(possible.exp() * possible).sum())
                     states.append(hidden[row])
             else:
-                assert segment.choices is not None
-                scores, hidden = self.choices(tokens, images, segment.choices)
-                logprobs.append(scores[segment.choice])
+                assert action.choices is not None
+                scores, state = self.choices(tokens, images, action.choices)
+                logprobs.append(scores[action.choice])
                 entropies.append(-sum(p.exp() * p for p in scores))
-                states.append(hidden)
-            tokens += segment.tokens
+                states.append(state)
         return Decisions(torch.stack(logprobs), torch.stack(entropies), torch.stack(states))
+
+    def left(self, context: Sequence[Segment]) -> Tensor:
+        """[H] hidden state in which an episode is left."""
+        return self.next_token(*read(context))[1][-1]
 
     def choices(
         self, tokens: Sequence[int], images: Sequence[Image], choices: Sequence[Sequence[int]]
@@ -150,12 +157,16 @@ class Workbench:
     def policy(
         self,
         temperature: float = 1.0,
-        heads: Mapping[str, int] | None = None,
+        heads: Mapping[str, Head] | None = None,
         bias: Mapping[int, float] | None = None,
         others: float = 0.0,
         precision: torch.dtype = torch.float64,
+        trunk_seed: int | None = None,
     ) -> Policy:
-        """bias: added to the logits of these tokens; `others` to those of all the rest."""
+        """bias: added to the logits of these tokens; `others` to those of all the rest.
+
+        trunk_seed: for a separate model that heads read.
+        """
         torch.manual_seed(0)
         adapter = self.adapter(precision)
         model = adapter.load().eval()
@@ -167,7 +178,11 @@ class Workbench:
                 for token, value in bias.items():
                     head.bias[token] = value
             model.lm_head = head
-        policy = Policy(adapter, model, heads, temperature)
+        trunk = None
+        if trunk_seed is not None:
+            torch.manual_seed(trunk_seed)
+            trunk = adapter.load().eval()
+        policy = Policy(adapter, model, heads, temperature, trunk)
         if precision == torch.float64:
             policy.heads.double()
         return policy
@@ -204,8 +219,25 @@ class Workbench:
         return ActionSegment(entries[index], recorded, choices[index], choice=index, choices=entries)
 
     def episode(self, *segments: Segment, name: str = "example 7", group: int = 0) -> Trajectory:
-        turns = sum(1 for segment in segments if isinstance(segment, ActionSegment))
-        return Trajectory(Example(name), 0, group, segments, (0.0,) * turns, terminated=True)
+        """One whose turns see all that came before; truncated if it ends with an observation."""
+        left = isinstance(segments[-1], ContextSegment)
+        return Trajectory(
+            Example(name),
+            0,
+            group,
+            conversation(segments),
+            terminated=not left,
+            truncation="environment" if left else None,
+            final=segments if left else None,
+        )
+
+    def windows(self, *turns: Sequence[Segment], name: str = "example 7", group: int = 0) -> Trajectory:
+        """One whose turns see what they are given: the context, and the action behind it."""
+        taken = []
+        for *context, action in turns:
+            assert isinstance(action, ActionSegment)
+            taken.append(Turn(tuple(context), action))
+        return Trajectory(Example(name), 0, group, tuple(taken), terminated=True)
 
 
 @pytest.fixture
@@ -319,6 +351,40 @@ def texts_and_choices_in_one_episode(toy: Workbench) -> list[Trajectory]:
     ]
 
 
+def windows_over_an_episode(toy: Workbench) -> list[Trajectory]:
+    """Turns that see the last observation, or the last two; some begin alike, and some see all after all."""
+    shown = [toy.context(f"{number}?", toy.picture(8, 4 + 4 * number, number)) for number in range(4)]
+    texts = [toy.text(answer) for answer in ("left", "up", "go", "stop")]
+    moves = [toy.choice(number % 2, "left", "on", "l") for number in range(4)]
+    return [
+        toy.windows(*((shown[number], texts[number]) for number in range(4))),
+        toy.windows(*((shown[number], moves[number]) for number in range(4))),
+        toy.windows(
+            (shown[0], texts[0]),
+            (shown[0], texts[0], shown[1], moves[1]),
+            (shown[1], moves[1], shown[2], texts[2]),
+            (shown[2], texts[2], shown[3], moves[3]),
+        ),
+        toy.windows((shown[2], texts[1]), (shown[2], texts[1], shown[3], texts[2]), (shown[0], texts[3])),
+        toy.windows((shown[0], texts[1]), (shown[0], texts[1])),
+    ]
+
+
+def states_that_episodes_were_left_in(toy: Workbench) -> list[Trajectory]:
+    """Truncated after text, a choice and several turns, and others that were not."""
+    prompt, closer = toy.context("Find the key.", toy.picture(8, 8)), toy.context(toy.picture(12, 8, 1), "closer")
+    one = toy.windows((prompt, toy.text("left")), (closer, toy.choice(1, "left", "on")))
+    return [
+        toy.episode(prompt, toy.text("left"), closer),
+        toy.episode(prompt, toy.text("left"), closer, toy.text("on")),
+        toy.episode(prompt, toy.choice(0, "left", "on"), closer, toy.choice(1, "left", "on"), toy.context("?")),
+        toy.episode(prompt, toy.text("left", ended=False)),
+        replace(one, terminated=False, truncation="turns", final=(toy.context("And?", toy.picture(4, 4, 2)),)),
+        replace(one, terminated=False, truncation="turns", final=(closer, one.actions[1], toy.context("!"))),
+        replace(one, terminated=False, truncation="failure", final=(closer,)),
+    ]
+
+
 SITUATIONS: list[Callable[[Workbench], list[Trajectory]]] = [
     texts_of_different_lengths,
     duplicates_within_a_group,
@@ -333,6 +399,8 @@ SITUATIONS: list[Callable[[Workbench], list[Trajectory]]] = [
     texts_over_several_turns,
     choices_over_several_turns,
     texts_and_choices_in_one_episode,
+    windows_over_an_episode,
+    states_that_episodes_were_left_in,
 ]
 
 

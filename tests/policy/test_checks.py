@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rllava_core.errors import InvariantError, ModelError
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Turn
 from rllava_core.policy.batch import BatchBuilder
 from rllava_core.policy.checks import check_length, check_recomputed
 from rllava_core.policy.media import MediaStore
@@ -27,6 +27,14 @@ def refuse(toy: Any, *segments: Segment, match: str, error: type[Exception] = In
     builder.add_trajectory(toy.episode(toy.context("?", toy.picture(8, 8)), toy.text("yes"), name="another"))
     with pytest.raises(error, match=f"^{WHERE}.*{match}"):
         builder.add_trajectory(toy.episode(*segments, name="train.jsonl:12"))
+
+
+def refuse_changed(toy: Any, match: str, **changes: Any) -> None:
+    """A good trajectory with these changes is refused with its name."""
+    good = toy.episode(QUESTION, action(), QUESTION, action(), name="train.jsonl:12")
+    toy.pack(toy.policy(), [good])
+    with pytest.raises(InvariantError, match=f"^{WHERE}.*{match}"):
+        toy.pack(toy.policy(), [replace(good, **changes)])
 
 
 def action(tokens: tuple[int, ...] = (ord("a"), END), logprobs: Any = None, **options: Any) -> ActionSegment:
@@ -80,11 +88,43 @@ def test_a_prompt_without_tokens(toy: Any) -> None:
 
 
 def test_a_trajectory_that_begins_with_an_action(toy: Any) -> None:
-    refuse(toy, action(), QUESTION, action(), match="begins with a prompt and ends with an action")
+    refuse(toy, action(), QUESTION, action(), match="turn 1: what the policy sees begins and ends with what the")
 
 
-def test_a_trajectory_that_ends_with_an_observation(toy: Any) -> None:
-    refuse(toy, QUESTION, action(), QUESTION, match="begins with a prompt and ends with an action")
+def test_a_turn_that_begins_with_an_action(toy: Any) -> None:
+    turns = (Turn((QUESTION,), action()), Turn((action(), QUESTION), action()))
+    refuse_changed(toy, "turn 2: what the policy sees begins and ends with what the", turns=turns)
+
+
+def test_a_turn_in_which_nothing_new_is_shown(toy: Any) -> None:
+    turns = (Turn((QUESTION,), action()), Turn((QUESTION, action()), action()))
+    refuse_changed(toy, "turn 2: what the policy sees begins and ends with what the", turns=turns)
+
+
+def test_a_trajectory_without_turns(toy: Any) -> None:
+    refuse_changed(toy, ": a trajectory without turns", turns=())
+
+
+def test_a_terminated_episode_that_was_left_in_a_state(toy: Any) -> None:
+    refuse_changed(toy, ": a terminated episode has no state in which it was left", final=(QUESTION,))
+
+
+@pytest.mark.parametrize("final", [(), (QUESTION, action())])
+def test_a_state_that_shows_nothing_new(toy: Any, final: tuple[Segment, ...]) -> None:
+    refuse_changed(toy, ": what the policy sees begins and ends with", final=final, terminated=False)
+
+
+def test_a_state_that_is_longer_than_the_context(toy: Any) -> None:
+    """Nothing is sampled in it, so it may fill the context to the last token."""
+    room = toy.adapter().context_length - len(toy.context("").tokens)
+    for more in (0, 1):
+        final = (toy.context("x" * (room + more)),)
+        left = replace(toy.episode(QUESTION, action(), name="train.jsonl:12"), terminated=False, final=final)
+        if more == 0:
+            toy.pack(toy.policy(), [left])
+        else:
+            with pytest.raises(ModelError, match=f"^{WHERE}: 257 tokens"):
+                toy.pack(toy.policy(), [left])
 
 
 def test_an_action_without_tokens(toy: Any) -> None:

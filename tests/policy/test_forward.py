@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
 from rllava_core.policy.batch import PolicyBatch
-from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.policy import Head, Policy, PolicyOutput
+from rllava_core.testing.rollouts import final_heads
 from rllava_core.testing.tiny import END, VOCABULARY
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -46,7 +47,7 @@ def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Trajectory], temperature: float) -> None:
-    policy = toy.policy(temperature, heads={"value": 2})
+    policy = toy.policy(temperature, heads={"value": Head(2)})
     plain = toy.Plain(policy.model, temperature)
     alone = [plain.decisions(trajectory) for trajectory in situation]
     logprobs = torch.cat([decisions.logprobs for decisions in alone])
@@ -67,6 +68,52 @@ def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Tr
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "vision" not in name)
 
 
+def left(toy: Any, policy: Policy, situation: list[Trajectory], head: str) -> Tensor:
+    """[N, size] of the states that episodes were left in; zeros where they were not."""
+    plain = toy.Plain(policy.model)
+    layer = policy.heads[head]
+    rows = [layer(plain.left(item.final)) if item.final else torch.zeros_like(layer.bias) for item in situation]
+    return torch.stack(rows)
+
+
+def test_the_heads_at_the_end_of_contexts(toy: Any, situation: list[Trajectory]) -> None:
+    """As in the states that episodes were left in."""
+    policy = toy.policy(heads={"value": Head(2), "q": Head(3)})
+
+    found = final_heads(policy, situation)
+
+    assert set(found) == {"value", "q"}
+    for name, values in found.items():
+        torch.testing.assert_close(values, left(toy, policy, situation, name), **EXACT)
+
+
+def test_a_separate_critic_reads_its_own_states(toy: Any, mixed: list[Trajectory]) -> None:
+    """A gradient of its values leaves the policy alone, and the other way round."""
+    heads = {"value": Head(2, own_trunk=True), "q": Head(1)}
+    policy = toy.policy(heads=heads, trunk_seed=7)
+    assert policy.trunk is not None
+    plain, critic = toy.Plain(policy.model), toy.Plain(policy.trunk)
+
+    output = policy(toy.pack(policy, mixed))
+
+    decisions = [plain.decisions(item) for item in mixed]
+    states = torch.cat([critic.decisions(item).states for item in mixed])
+    torch.testing.assert_close(output.logprobs, torch.cat([item.logprobs for item in decisions]), **EXACT)
+    torch.testing.assert_close(output.heads["value"], policy.heads["value"](states), **EXACT)
+    own = torch.cat([item.states for item in decisions])
+    torch.testing.assert_close(output.heads["q"], policy.heads["q"](own), **EXACT)
+    final = [policy.heads["value"](critic.left(item.final)) for item in mixed if item.final]
+    found = final_heads(policy, mixed)["value"]
+    torch.testing.assert_close(found[[bool(item.final) for item in mixed]], torch.stack(final), **EXACT)
+    of_values = gradients(policy, output.heads["value"].sum())
+    of_actions = gradients(policy, output.logprobs.sum() + output.heads["q"].sum())
+    for name in of_values:
+        part = name.split(".")[0]
+        assert bool(of_values[name].any()) <= (part == "trunk" or name.startswith("heads.value")), name
+        assert bool(of_actions[name].any()) <= (part == "model" or name.startswith("heads.q")), name
+    assert of_values["trunk.backbone.embed_tokens.weight"].any()
+
+
 def test_the_order_of_trajectories_changes_nothing_else(toy: Any, mixed: list[Trajectory]) -> None:
     policy = toy.policy()
     forward, backward = policy(toy.pack(policy, mixed)), policy(toy.pack(policy, mixed[::-1]))
@@ -77,7 +124,7 @@ def test_the_order_of_trajectories_changes_nothing_else(toy: Any, mixed: list[Tr
 
 
 def test_a_model_in_half_precision_gives_float32_results(toy: Any, mixed: list[Trajectory]) -> None:
-    policy = toy.policy(heads={"value": 1}, precision=torch.bfloat16)
+    policy = toy.policy(heads={"value": Head(1)}, precision=torch.bfloat16)
     output: PolicyOutput = policy(toy.pack(policy, mixed))
     exact = toy.policy().model
     exact.load_state_dict({name: values.double() for name, values in policy.model.state_dict().items()})
@@ -104,7 +151,7 @@ def scrambled(batch: PolicyBatch) -> PolicyBatch:
 
 
 def test_padding_has_no_influence_and_gets_no_gradient(toy: Any, mixed: list[Trajectory]) -> None:
-    policy = toy.policy(heads={"value": 1})
+    policy = toy.policy(heads={"value": Head(1)})
     batch = toy.pack(policy, mixed)
     assert (batch.prefix_mask == 0).any()
     assert (batch.branch_mask == 0).any()
@@ -143,17 +190,14 @@ def test_the_padding_token_is_never_learnt(toy: Any) -> None:
 def states_of(trajectories: list[Trajectory]) -> dict[tuple[Any, ...], list[int]]:
     """The tokens that were sampled in each distinct state: all tokens and images before."""
     states = defaultdict(list)
-    for trajectory in trajectories:
-        tokens: tuple[int, ...] = ()
-        images: tuple[Any, ...] = ()
-        for segment in trajectory.segments:
-            if isinstance(segment, ContextSegment):
-                images += segment.images
-                tokens += segment.tokens
-            else:
-                for token in segment.tokens:
-                    states[tokens, images].append(token)
-                    tokens += (token,)
+    for turn in (turn for trajectory in trajectories for turn in trajectory.turns):
+        tokens = tuple(token for segment in turn.context for token in segment.tokens)
+        images = tuple(
+            image for segment in turn.context if isinstance(segment, ContextSegment) for image in segment.images
+        )
+        for token in turn.action.tokens:
+            states[tokens, images].append(token)
+            tokens += (token,)
     return states
 
 
@@ -231,6 +275,29 @@ def test_a_prompt_is_computed_once_for_its_group_and_a_picture_once_for_its_prom
     width = len(prompt.tokens)
     # Two prompts with 4 and 2 patches; then four distinct answers, of which the last token is only predicted.
     assert policy.adapter.runs == [((2, width), 6), ((4, len("green")), 0)]
+
+
+def test_turns_that_see_all_before_them_are_read_once(toy: Any) -> None:
+    policy = toy.policy()
+    prompt, closer = toy.context("Colour?", toy.picture(8, 8)), toy.context("And?", toy.picture(4, 8, 1))
+    episode = toy.episode(prompt, toy.text("red"), closer, toy.text("no"), closer, toy.text("go"))
+
+    policy(toy.pack(policy, [episode, episode]))
+
+    length = len("red") + len("no") + len("go") + 2 + 2 * len(closer.tokens)
+    assert policy.adapter.runs == [((1, len(prompt.tokens)), 4), ((1, length), 4)]
+
+
+def test_windows_that_are_equal_are_read_once(toy: Any) -> None:
+    policy = toy.policy()
+    shown = [toy.context(f"{number}?", toy.picture(8, 8, number)) for number in range(3)]
+    one = toy.windows(*((item, toy.text("on")) for item in shown))
+    other = toy.windows((shown[0], toy.text("up")), (shown[1], toy.text("on")), (shown[0], toy.text("on")))
+
+    policy(toy.pack(policy, [one, other]))
+
+    # Three observations, and four distinct pairs of one and an answer.
+    assert policy.adapter.runs == [((3, len(shown[0].tokens)), 12), ((4, 2), 0)]
 
 
 def test_choices_of_one_token_cost_nothing_beyond_the_prompt(toy: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -15,7 +16,8 @@ from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.policy_gradient import PolicyGradient, Rollouts
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import PolicyOutput
+from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.policy import Head, PolicyOutput
 from rllava_core.testing import AlgorithmConformance, Conformance, ConformanceError, check_algorithm
 from rllava_core.testing.conformance import checks_of
 from rllava_toy.algorithm import ToyCritic, ToyGradient, ToyImitation
@@ -27,7 +29,7 @@ CONFIG = PolicyGradientConfig(group_size=4, kl_coefficient=0.01)
 class Healthy(PolicyGradient):
     """A value head and a running mean as baselines, and a divergence from the reference: something of everything."""
 
-    heads: ClassVar = {"value": 1}
+    heads: ClassVar = {"value": Head(1)}
 
     def __init__(self, config: PolicyGradientConfig = CONFIG) -> None:
         super().__init__(config)
@@ -69,6 +71,30 @@ class HeadsAsAList(Healthy):
     heads: ClassVar[Any] = ["value"]
 
 
+class HeadsAsNumbers(Healthy):
+    heads: ClassVar[Any] = {"value": 1}
+
+
+class HeadOfNothing(Healthy):
+    heads: ClassVar = {"value": Head(0)}
+
+
+class CopiesAsAText(Healthy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: Any = "reference"
+
+
+class NoBehaviour(Healthy):
+    def behaviour(self) -> Any:
+        return None
+
+
+class ExploresTooMuch(Healthy):
+    def behaviour(self) -> Any:
+        return Behaviour(epsilon=1.5)
+
+
 class WithoutGroupSize(Healthy):
     def __init__(self) -> None:
         super().__init__()
@@ -76,37 +102,43 @@ class WithoutGroupSize(Healthy):
 
 
 class HeadThatNobodyReads(Healthy):
-    heads: ClassVar = {"value": 1, "other": 2}
+    heads: ClassVar = {"value": Head(1), "other": Head(2)}
 
 
-class ReferenceThatNobodyReads(Healthy):
+class CopyThatNobodyReads(Healthy):
     def __init__(self) -> None:
-        super().__init__(PolicyGradientConfig(group_size=4))
-        self.uses_reference = True
-
-    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
-        return Healthy(PolicyGradientConfig(group_size=4)).prepare(trajectories, policy)
-
-    def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
-        return Healthy(PolicyGradientConfig(group_size=4)).loss(batch, output)
+        super().__init__()
+        self.copies = ("reference", "target")
 
 
-class ReferenceThatNobodyDeclared(Healthy):
-    def __init__(self) -> None:
-        super().__init__(PolicyGradientConfig(group_size=4))
-
+class CopyThatNobodyDeclared(Healthy):
     def targets(self, rollouts: Rollouts, policy: PolicyAccess) -> dict[str, Tensor]:
-        return {**super().targets(rollouts, policy), "r": policy.evaluate_reference(rollouts.trajectories).logprobs}
+        return {**super().targets(rollouts, policy), "r": policy.evaluate(rollouts.trajectories, "target").logprobs}
 
 
 class Lazy(Healthy):
-    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
+    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Any:
         return iter(())
 
 
-class FirstTurnOnly(Healthy):
-    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
-        return super().prepare([replace(item, segments=item.segments[:2]) for item in trajectories], policy)
+class FirstTokenOnly(Healthy):
+    """Cuts the answers, where whole turns may be left out."""
+
+    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Any:
+        return super().prepare([self.cut(item) for item in trajectories], policy)
+
+    def cut(self, item: Trajectory) -> Trajectory:
+        [*earlier, last] = item.turns
+        if last.action.choice is not None:
+            return item
+        action = replace(last.action, tokens=last.action.tokens[:1], logprobs=last.action.logprobs[:1])
+        return replace(item, turns=(*earlier, replace(last, action=action)))
+
+
+class EmptyBatches(Healthy):
+    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Any:
+        yield from super().prepare(trajectories, policy)
+        yield Batch((), {})
 
 
 class ColumnsWithGradients(Healthy):
@@ -155,6 +187,16 @@ def reporting(name: str, value: Any = None) -> type[Healthy]:
             return Loss(result.total, {**result.metrics, name: own})
 
     return Reporting
+
+
+def telling(name: Any, value: Any) -> type[Healthy]:
+    """An algorithm that reports this after its last step."""
+
+    class Telling(Healthy):
+        def report(self) -> dict[str, float]:
+            return {name: value}
+
+    return Telling
 
 
 class OneDecisionEach(Healthy):
@@ -238,7 +280,7 @@ class LossThatScalesItsColumns(Healthy):
 
 
 class ClippedLogprobsInPlace(Healthy):
-    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
+    def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Any:
         for trajectory in trajectories:
             for action in trajectory.actions:
                 action.logprobs.clip(-1.0, None, out=action.logprobs)
@@ -281,16 +323,22 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (GroupSizeAsText, "group_size is '4'"),
         (UnknownExperience, "experience is 'replay'"),
         (HeadsAsAList, r"heads is \['value'\]"),
+        (HeadsAsNumbers, r"heads is \{'value': 1\}"),
+        (HeadOfNothing, "the size positive or 'choices'"),
+        (CopiesAsAText, "copies is 'reference'; expected a sequence"),
+        (NoBehaviour, r"behaviour\(\) returned NoneType"),
+        (ExploresTooMuch, "epsilon 1.5"),
         (WithoutGroupSize, "no attribute 'group_size'"),
     ],
     "every_head_that_it_declares_learns": [(HeadThatNobodyReads, "head 'other' is declared")],
-    "the_reference_policy_is_asked_for_exactly_if_declared": [
-        (ReferenceThatNobodyReads, "a copy for nothing"),
-        (ReferenceThatNobodyDeclared, "uses_reference is False"),
+    "the_copies_that_are_asked_for_are_those_declared": [
+        (CopyThatNobodyReads, r"copies \['target'\] of the policy are declared, and not asked for"),
+        (CopyThatNobodyDeclared, r"copies \['target'\] of the policy are asked for, and not in `copies`"),
     ],
-    "batches_hold_whole_known_trajectories_and_finite_columns": [
+    "batches_hold_whole_known_turns_and_finite_columns": [
         (Lazy, "yielded no batch"),
-        (FirstTurnOnly, "parts of such"),
+        (FirstTokenOnly, "parts of such"),
+        (EmptyBatches, "batch 2 holds no trajectory"),
         (ColumnsWithGradients, "'free' of batch 1 carries a gradient"),
         (ColumnsOfNaN, "'odds' of batch 1 is not finite"),
     ],
@@ -308,6 +356,13 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (reporting("policy/share", lambda output: 0.5), r"is float of shape \(\)"),
         (reporting("policy/odds", lambda output: output.logprobs.detach().sum().log()), "'policy/odds' is nan"),
         (reporting("policy/sum", lambda output: output.logprobs.sum()), "detach it"),
+    ],
+    "what_it_reports_are_finite_numbers_with_names_of_their_own": [
+        (telling("error", 1.0), r"report\(\) names a metric 'error'"),
+        (telling(3, 1.0), r"report\(\) names a metric 3"),
+        (telling("rollout/turns", 1.0), "metric of its own as 'rollout/turns'"),
+        (telling("value/error", math.nan), "gives 'value/error' as nan"),
+        (telling("value/error", torch.tensor(1.0)), r"as tensor\(1\.\); expected a finite number"),
     ],
     "it_learns_from_texts": [(OneDecisionEach, "raised TrainingError: .advantages. has shape")],
     "it_learns_from_choices": [(DiscountByTokens, "became (nan|inf|-inf)|not finite")],
@@ -371,7 +426,7 @@ def test_the_toy_algorithms_pass(made: type[PolicyGradient]) -> None:
 
 def test_an_algorithm_that_needs_choices_is_given_nothing_else() -> None:
     class OfChoices(Healthy):
-        def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Iterator[Batch]:
+        def prepare(self, trajectories: Sequence[Trajectory], policy: PolicyAccess) -> Any:
             assert all(action.choice is not None for item in trajectories for action in item.actions)
             return super().prepare(trajectories, policy)
 

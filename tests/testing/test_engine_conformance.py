@@ -41,8 +41,8 @@ class Healthy(LocalTrainEngine):
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> Any:
         return super().step(batch, loss, learning_rate)
 
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        return super().evaluate(trajectories)
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return super().evaluate(trajectories, copy)
 
 
 class TrainsACopy(Healthy):
@@ -184,32 +184,85 @@ class LimitPerWeight(Healthy):
 
 
 class AnotherOrder(Healthy):
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        return super().evaluate(sorted(trajectories, key=lambda item: item.decisions))
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return super().evaluate(sorted(trajectories, key=lambda item: item.decisions), copy)
 
 
 class HeadsForgotten(Healthy):
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        return replace(super().evaluate(trajectories), heads={})
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return replace(super().evaluate(trajectories, copy), heads={})
+
+
+class FinalStatesForgotten(Healthy):
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return replace(super().evaluate(trajectories, copy), final={})
+
+
+class FinalStatesOfTheTruncatedAlone(Healthy):
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        output = super().evaluate(trajectories, copy)
+        left = [item.truncated for item in trajectories]
+        return replace(output, final={name: values[left] for name, values in output.final.items()})
 
 
 class GraphKept(Healthy):
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        output: PolicyOutput = self.policy(self._pack(trajectories))
-        return output
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return replace(self.policy(self._pack(trajectories)), final=super().evaluate(trajectories, copy).final)
 
 
-class ReferenceIsThePolicy(Healthy):
-    def evaluate_reference(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-        return self.evaluate(trajectories)
+class CopyIsThePolicy(Healthy):
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
+        return super().evaluate(trajectories)
 
 
-class ReferenceDrifts(Healthy):
+class CopyDrifts(Healthy):
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> Any:
         metrics = super().step(batch, loss, learning_rate)
-        if self._reference is not None:
-            self._reference.load_state_dict(self.policy.state_dict())
+        for kept in self._copies.values():
+            kept.load_state_dict(self.policy.state_dict())
         return metrics
+
+
+class NeverUpdates(Healthy):
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        self._updated.add(copy)
+
+
+class RateIgnored(Healthy):
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        super().update_copy(copy)
+
+
+class RateTheOtherWayRound(Healthy):
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        super().update_copy(copy, 1 - rate)
+
+
+class HeadsNotUpdated(Healthy):
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        heads = {name: values.clone() for name, values in self._copies[copy].heads.state_dict().items()}
+        super().update_copy(copy, rate)
+        self._copies[copy].heads.load_state_dict(heads)
+
+
+class UpdatesOnce(Healthy):
+    def update_copy(self, copy: str, rate: float = 1.0) -> None:
+        if copy not in self._updated:
+            super().update_copy(copy, rate)
+
+
+class CopiesForgotten(Healthy):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "copies": {}}
+
+
+class CopiesOfThePolicyInTheState(Healthy):
+    """Takes a copy that was never updated for the policy as it is now."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        for name in set(self._copies) - self._updated:
+            self._copies[name].load_state_dict(self.policy.state_dict())
 
 
 class MomentsForgotten(Healthy):
@@ -228,7 +281,7 @@ class NoAutocast(Healthy):
 
 
 class HalfPrecisionWhileSampling(Healthy):
-    def evaluate(self, trajectories: Sequence[Trajectory]) -> PolicyOutput:
+    def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
         return recomputed(self.policy, trajectories)
 
     def autocast(self) -> Any:
@@ -274,11 +327,22 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     "evaluate_is_what_the_policy_says": [
         (AnotherOrder, "or another order"),
         (HeadsForgotten, "head 'value' of shape None"),
+        (FinalStatesForgotten, "head 'value' in final states of shape None"),
+        (FinalStatesOfTheTruncatedAlone, "head 'value' in final states of shape"),
         (GraphKept, "with a graph"),
     ],
-    "the_reference_stays_what_it_was": [
-        (ReferenceIsThePolicy, r"evaluate_reference\(\) gives log-probs that differ"),
-        (ReferenceDrifts, r"after steps evaluate_reference\(\) gives"),
+    "a_copy_stays_what_it_was_until_it_is_updated": [
+        (CopyIsThePolicy, r"evaluate\(\) gives, of a copy, log-probs that differ"),
+        (CopyDrifts, "after steps a copy gives"),
+        (NeverUpdates, r"after update_copy\(…, 0.25\) a copy gives"),
+        (RateIgnored, r"after update_copy\(…, 0.25\) a copy gives"),
+        (RateTheOtherWayRound, r"after update_copy\(…, 0.25\) a copy gives"),
+        (HeadsNotUpdated, r"after update_copy\(…, 0.25\) a copy gives head 'value'"),
+        (UpdatesOnce, r"after update_copy\(\) a copy gives"),
+    ],
+    "copies_go_on_where_their_state_was_saved": [
+        (CopiesForgotten, "the copy 'target' gives"),
+        (CopiesOfThePolicyInTheState, "the copy 'reference' gives"),
     ],
     "an_engine_goes_on_exactly_where_its_state_was_saved": [
         (MomentsForgotten, "a resumed run would not be"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -204,10 +205,22 @@ class AnswersInNumpy(Healthy):
         return replace(transition, terminated=np.bool_(transition.terminated))
 
 
-class ShowsOneMore(Healthy):
+class ParsedByARegularExpression(Healthy):
+    def step(self, action: Action) -> Any:
+        return replace(super().step(action), parsed=re.search("dark|bright", action.text))
+
+
+class CutsWithoutAView(Healthy):
+    """Gives up after two pictures, and shows nothing of the third."""
+
     def step(self, action: Action) -> Any:
         transition = super().step(action)
-        return replace(transition, observation=transition.observation or self.show())
+        return replace(transition, observation=None, truncated=True) if self.turn == 2 else transition
+
+
+class ParsesByChance(Healthy):
+    def step(self, action: Action) -> Any:
+        return replace(super().step(action), parsed=random.random() < 0.5)
 
 
 class ShowsNothingMore(Healthy):
@@ -253,6 +266,21 @@ class ReadsANumber(Healthy):
         return super().step(action)
 
 
+class GivesUpInSight(Healthy):
+    """Truncated after two pictures, with the third before the eyes."""
+
+    def step(self, action: Action) -> Any:
+        return replace(super().step(action), truncated=self.turn == 2)
+
+
+class ShowsTheEnd(Healthy):
+    """Also shows what came of the last action."""
+
+    def step(self, action: Action) -> Any:
+        transition = super().step(action)
+        return replace(transition, observation=transition.observation or self.show(), parsed=bool(action.text))
+
+
 class AsksUntilItUnderstands(Healthy):
     def step(self, action: Action) -> Any:
         if action.text not in ("dark", "bright"):
@@ -277,7 +305,10 @@ MUTANTS: dict[str, list[tuple[Any, str]]] = {
     "any_seed_is_accepted": [(TakesSmallSeeds, "Seed must be between 0 and 2**32 - 1")],
     "the_same_seed_and_example_give_the_same_observation": [(IgnoresTheSeed, "differ at the reset in messages")],
     "a_new_object_gives_the_same_observation": [(CountsObjects, "both objects were reset")],
-    "the_same_seed_and_actions_give_the_same_episode": [(PaysByChance, "differ after action 1 in reward")],
+    "the_same_seed_and_actions_give_the_same_episode": [
+        (PaysByChance, "differ after action 1 in reward"),
+        (ParsesByChance, "in parsed"),
+    ],
     "the_global_random_state_has_no_say": [(SeedsEverybody, "differ after action 1 in messages")],
     "a_reset_after_an_episode_begins_afresh": [(KeepsTheSumOfEpisodes, "an episode had been played before")],
     "a_reset_in_the_middle_of_an_episode_begins_afresh": [(GoesOnWhereItWas, "was left in the middle")],
@@ -287,12 +318,13 @@ MUTANTS: dict[str, list[tuple[Any, str]]] = {
         (PaysNothingAtAll, "the reward None"),
         (DividesByZero, "the reward nan"),
     ],
-    "terminated_and_truncated_are_true_or_false": [
-        (AnswersInNumpy, "a numpy.bool, after action 1; expected True or False")
+    "terminated_truncated_and_parsed_are_true_or_false": [
+        (AnswersInNumpy, "a numpy.bool, after action 1; expected True or False"),
+        (ParsedByARegularExpression, "gave parsed=None, a NoneType, after action"),
     ],
-    "an_observation_follows_unless_the_episode_is_over": [
-        (ShowsOneMore, "an observation came after action 3, with terminated=True"),
+    "an_observation_follows_unless_the_episode_is_terminated": [
         (ShowsNothingMore, "no observation came after action 1, with terminated=False"),
+        (CutsWithoutAView, "no observation came after action 2, with terminated=False and truncated=True"),
     ],
     "info_is_a_mapping_from_names": [(NumbersItsInfo, "info={0: 'turn'}")],
     "success_is_true_or_false": [(SucceedsInWords, "info['success']='no', a str")],
@@ -311,6 +343,8 @@ SIBLINGS: list[tuple[Any, dict[str, Any]]] = [
     (Healthy, {"examples": lambda self: samples.examples()}),
     (HealthyChoices, {"task": {"choices": ["dark", "bright"]}}),
     (EndsAtOnce, {}),
+    (GivesUpInSight, {}),
+    (ShowsTheEnd, {}),
 ]
 
 

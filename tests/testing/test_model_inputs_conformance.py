@@ -69,9 +69,21 @@ class FeaturesAsATensor(Healthy):
         return len(features)
 
 
-class OnePlaceholderTooMany(Healthy):
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        tokens = super().render(messages, features)
+class Rendering(Healthy):
+    """Renders in a way of its own."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        return super().render(messages, features, continues=continues)
+
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        return self.written(messages, features, continues)
+
+
+class OnePlaceholderTooMany(Rendering):
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        tokens = super().written(messages, features, continues)
         return (IMAGE, *tokens) if features else tokens
 
 
@@ -79,8 +91,10 @@ class FeaturesUncounted(Healthy):
     def feature_count(self, features: Features) -> Any:
         return float(len(features["patches"]))
 
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        return TinyAdapter(self.config).render(messages, features)
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        return TinyAdapter(self.config).render(messages, features, continues=continues)
 
 
 class CrashesOnSmallImages(Healthy):
@@ -104,18 +118,69 @@ class EmptyFeatures(Healthy):
         return super().preprocess(image)
 
 
-class ImagesFirst(Healthy):
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
+class ImagesFirst(Rendering):
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
         ordered = [
             Message(message.role, tuple(sorted(message.parts, key=lambda part: not isinstance(part, ImagePart))))
             for message in messages
         ]
-        return super().render(ordered, features)
+        return super().written(ordered, features, continues)
 
 
-class LastMessageOnly(Healthy):
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        return super().render(messages[-1:], features)
+class LastMessageOnly(Rendering):
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        return super().written(messages[-1:], features, continues)
+
+
+NEWLINE = ord("\n")
+
+
+class BeginsEveryTurn(Rendering):
+    """Its conversations begin with a token, which it also writes where one goes on."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        return (NEWLINE, *super().written(messages, features, continues))
+
+
+class NewlineAfterTheEnd(Rendering):
+    """Writes a line break after the end of every turn but the last of what it is given."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        *tokens, last = super().written(messages, features, continues)
+        return (*(part for token in tokens for part in ((token, NEWLINE) if token == END else (token,))), last)
+
+
+class EndsTheTurnItself(Rendering):
+    """Repeats the end of the assistant's turn, which the policy or the core has written."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        tokens = super().written(messages, features, continues)
+        return (END, *tokens) if continues else tokens
+
+
+class DropsLaterImages(Rendering):
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        tokens = super().written(messages, features, continues)
+        return tuple(token for token in tokens if token != IMAGE) if continues else tokens
+
+
+class AsksTheFirstSystemMessageAgain(Rendering):
+    """Begins a conversation that has no system message with one, and one that goes on as well if it has images."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        tokens = super().written(messages, features, continues)
+        if messages[0].role == "system" or (continues and not features):
+            return tokens
+        return (START, *self.encode("Be brief."), END, *tokens)
+
+
+class ForgetsTheSystemMessage(Rendering):
+    """Moves the system message before the last user message."""
+
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        system = [message for message in messages if message.role == "system"]
+        others = [message for message in messages if message.role != "system"]
+        return super().written([*others[:-1], *system, others[-1]], features, continues)
 
 
 class AsciiOnly(Healthy):
@@ -134,11 +199,12 @@ class ParsesSpecialTokens(Healthy):
         return (*super().encode(first), IMAGE, *super().encode(rest)) if found else super().encode(first)
 
 
-class RendersSpelledImages(Healthy):
+class RendersSpelledImages(Rendering):
     spelling, token = "<image>", IMAGE
 
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
-        text = "".join(chr(min(token, 0x10000 + token)) for token in super().render(messages, features))
+    def written(self, messages: Sequence[Message], features: Sequence[Features], continues: bool) -> tuple[int, ...]:
+        written = super().written(messages, features, continues)
+        text = "".join(chr(min(token, 0x10000 + token)) for token in written)
         return tuple(map(ord, text.replace(self.spelling, chr(self.token))))
 
 
@@ -205,6 +271,14 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     "rendering_shows_what_the_message_says": [
         (ImagesFirst, "the text before the image"),
         (LastMessageOnly, "leaves out a message"),
+    ],
+    "a_conversation_that_is_continued_is_the_one_that_is_rendered_at_once": [
+        (BeginsEveryTurn, "differ from token"),
+        (NewlineAfterTheEnd, "differ from token"),
+        (EndsTheTurnItself, "differ from token"),
+        (DropsLaterImages, "with an image in a later message"),
+        (AsksTheFirstSystemMessageAgain, "with an image in a later message"),
+        (ForgetsTheSystemMessage, "with a system message"),
     ],
     "plain_text_survives_encoding_and_decoding": [
         (AsciiOnly, r"is 'Gr\?\?e"),

@@ -185,7 +185,7 @@ class ExpectsALogProbForEachToken(Healthy):
 
 class ExpectsOneTurn(Healthy):
     def judge(self, trajectory: Trajectory) -> Any:
-        _prompt, _answer = trajectory.segments
+        [_turn] = trajectory.turns
         return super().judge(trajectory)
 
 
@@ -242,7 +242,7 @@ MUTANTS: dict[str, list[tuple[Any, str]]] = {
         (PaysTheFirst, "let no number depend on a place"),
     ],
     "the_trajectories_stay_as_they_were": [
-        (WritesIntoInfo, "changed info of the trajectory of sample:0"),
+        (WritesIntoInfo, "changed turns of the trajectory of sample:0"),
         (WritesIntoTheExample, "changed example of the trajectory of sample:0"),
     ],
     "the_batch_stays_as_it_was": [(EmptiesTheBatch, "changed the list of trajectories")],

@@ -17,6 +17,7 @@ from rllava_core.engines.local_rollout import LocalRolloutEngine
 from rllava_core.engines.protocol import RolloutSetup
 from rllava_core.errors import ModelError
 from rllava_core.mdp.trajectory import ActionSegment
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.sampling import Request
 from rllava_core.testing import Conformance, ConformanceError, EngineConformance, check_rollout_engine
@@ -27,13 +28,19 @@ Actions = list[list[ActionSegment]]
 
 
 class Healthy(LocalRolloutEngine):
-    """The local engine, typed as loosely as mutants need."""
+    """The local engine, typed as loosely as mutants need, which override `act`."""
+
+    behaviour: Behaviour | None = None
 
     def __init__(self, setup: RolloutSetup) -> None:
         super().__init__(LocalRolloutConfig(), setup)
 
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate(requests, seed)
+    def generate(self, requests: Sequence[Request], seed: int | None, behaviour: Behaviour | None = None) -> Actions:
+        self.behaviour = behaviour
+        return self.act(requests, seed)
+
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().generate(requests, seed, self.behaviour)
 
 
 class Changing(Healthy):
@@ -42,8 +49,8 @@ class Changing(Healthy):
     def change(self, action: ActionSegment) -> Any:
         return action
 
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return [[self.change(action) for action in actions] for actions in super().generate(requests, seed)]
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return [[self.change(action) for action in actions] for actions in super().act(requests, seed)]
 
 
 class WithACopy(Healthy):
@@ -52,23 +59,25 @@ class WithACopy(Healthy):
     def change(self, policy: Policy) -> None:
         raise NotImplementedError
 
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        original, self._policy = self._policy, copy.deepcopy(self._policy)
-        self.change(self._policy)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        original = self._policy
+        changed = copy.deepcopy(original)
+        self.change(changed)
+        self.sync(changed)
         try:
-            return super().generate(requests, seed)
+            return super().act(requests, seed)
         finally:
-            self._policy = original
+            self.sync(original)
 
 
 class ChoicesFirst(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate(sorted(requests, key=lambda item: item.choices is None), seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act(sorted(requests, key=lambda item: item.choices is None), seed)
 
 
 class OneOfEach(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate([replace(item, count=1) for item in requests], seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act([replace(item, count=1) for item in requests], seed)
 
 
 class DoublePrecision(Changing):
@@ -96,52 +105,52 @@ class ChoicesCutOff(Changing):
 class SeedIgnored(Healthy):
     calls = 0
 
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         self.calls += 1
-        return super().generate(requests, None if seed is None else self.calls)
+        return super().act(requests, None if seed is None else self.calls)
 
 
 class AlwaysTheSameSeed(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate(requests, None if seed is None else 0)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act(requests, None if seed is None else 0)
 
 
 class GlobalRandomState(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         mixed = None if seed is None else seed + torch.initial_seed()
-        return super().generate(requests, mixed)
+        return super().act(requests, mixed)
 
 
 class GroupOfCopies(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        first = super().generate([replace(item, count=1) for item in requests], seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        first = super().act([replace(item, count=1) for item in requests], seed)
         return [[action] * item.count for item, [action] in zip(requests, first, strict=True)]
 
 
 class NeverGreedy(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate(requests, seed or 0)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act(requests, seed or 0)
 
 
 class RandomWithoutASeed(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate(requests, torch.seed() if seed is None else seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act(requests, torch.seed() if seed is None else seed)
 
 
 class ShortestLimitForAll(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         limit = min(item.max_tokens for item in requests)
-        return super().generate([replace(item, max_tokens=limit) for item in requests], seed)
+        return super().act([replace(item, max_tokens=limit) for item in requests], seed)
 
 
 class OneTokenTooMany(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate([replace(item, max_tokens=item.max_tokens + 1) for item in requests], seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act([replace(item, max_tokens=item.max_tokens + 1) for item in requests], seed)
 
 
 class OneTokenTooFew(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate([replace(item, max_tokens=max(1, item.max_tokens - 1)) for item in requests], seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act([replace(item, max_tokens=max(1, item.max_tokens - 1)) for item in requests], seed)
 
 
 class AlwaysEnded(Changing):
@@ -187,9 +196,9 @@ class TwentyLikeliest(WithACopy):
 
 
 class UniformChoices(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         generator = np.random.default_rng(seed)
-        answers = super().generate(requests, seed)
+        answers = super().act(requests, seed)
         for item, actions in zip(requests, answers, strict=True):
             for place in range(len(actions) if item.choices is not None else 0):
                 assert item.choices is not None
@@ -201,8 +210,12 @@ class UniformChoices(Healthy):
 
 
 class NeverSynced(Healthy):
+    known: Policy | None = None
+
     def sync(self, policy: Policy) -> None:
-        return
+        if self.known is None:
+            self.known = policy
+            super().sync(policy)
 
 
 class SyncedOnce(Healthy):
@@ -212,7 +225,79 @@ class SyncedOnce(Healthy):
 
     def sync(self, policy: Policy) -> None:
         if policy is not self.known:
-            self.known, self._policy = policy, copy.deepcopy(policy)
+            self.known = policy
+            super().sync(copy.deepcopy(policy))
+
+
+class ReadsTheLastObservation(Healthy):
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act([replace(item, context=item.context[-1:]) for item in requests], seed)
+
+
+class TurnsOfAnother(Healthy):
+    """Goes on from what it has read for the request beside it."""
+
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        for kept in self._sampler._kept:
+            order = list(kept.rows.values())
+            kept.rows.update(zip(kept.rows, order[1:] + order[:1], strict=True))
+        return super().act(requests, seed)
+
+
+class PositionsStartAnew(Healthy):
+    """Numbers the tokens of every turn from zero."""
+
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        for kept in self._sampler._kept:
+            kept.next_positions[:] = [0] * len(kept.next_positions)
+        return super().act(requests, seed)
+
+
+class ForgetsTheWeights(Healthy):
+    def forget(self) -> None:
+        super().forget()
+        changed = copy.deepcopy(self._policy)
+        changed.temperature *= 2
+        self.sync(changed)
+
+
+class BehaviourIgnored(Healthy):
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        self.behaviour = None
+        return super().act(requests, seed)
+
+
+class EpsilonIgnored(Healthy):
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        if self.behaviour is not None:
+            self.behaviour = replace(self.behaviour, epsilon=0.0)
+        return super().act(requests, seed)
+
+
+class ExploresWithoutASeed(Healthy):
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        explores = self.behaviour is not None and self.behaviour.epsilon > 0
+        return super().act(requests, 0 if explores and seed is None else seed)
+
+
+class CertainOfWhatItExplores(Changing):
+    def change(self, action: ActionSegment) -> Any:
+        explores = self.behaviour is not None and self.behaviour.epsilon > 0
+        return replace(action, logprobs=np.zeros_like(action.logprobs)) if explores else action
+
+
+class ValuesOfOneChoiceMore(Healthy):
+    """Takes a value beyond the last choice for one of the last choice."""
+
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        answers = super().act(requests, seed)
+        if self.behaviour is None:
+            return answers
+        for item, actions in zip(requests, answers, strict=True):
+            assert item.choices is not None
+            last = len(item.choices) - 1
+            actions[0] = replace(actions[0], choice=last, tokens=item.choices[last], text=item.choice_texts[last])
+        return answers
 
 
 class GradientsOff(Healthy):
@@ -222,22 +307,22 @@ class GradientsOff(Healthy):
 
 
 class HalvesTheWeights(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        answers = super().generate(requests, seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        answers = super().act(requests, seed)
         self._policy.half().float()
         return answers
 
 
 class LeavesGradients(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         for parameter in self._policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        return super().generate(requests, seed)
+        return super().act(requests, seed)
 
 
 class CutsTheContext(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
-        return super().generate([self._cut(item) for item in requests], seed)
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
+        return super().act([self._cut(item) for item in requests], seed)
 
     def _cut(self, item: Request) -> Request:
         room = self._policy.adapter.context_length - item.max_tokens
@@ -246,17 +331,17 @@ class CutsTheContext(Healthy):
 
 
 class NamesNoRequest(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         try:
-            return super().generate(requests, seed)
+            return super().act(requests, seed)
         except ModelError:
             raise ModelError("too long") from None
 
 
 class AssertsTheLength(Healthy):
-    def generate(self, requests: Sequence[Request], seed: int | None) -> Actions:
+    def act(self, requests: Sequence[Request], seed: int | None) -> Actions:
         try:
-            return super().generate(requests, seed)
+            return super().act(requests, seed)
         except ModelError:
             raise ValueError("too long") from None
 
@@ -304,6 +389,19 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     "after_a_sync_the_new_weights_sample": [
         (NeverSynced, r"after sync\(\) with another policy"),
         (SyncedOnce, r"after a step and sync\(\)"),
+    ],
+    "a_later_turn_is_sampled_as_if_all_was_read_anew": [
+        (ReadsTheLastObservation, "in turn 2 of a conversation log-probs differ"),
+        (TurnsOfAnother, "in turn 2 of a conversation log-probs differ"),
+        (PositionsStartAnew, "in turn 2 of a conversation log-probs differ"),
+        (ForgetsTheWeights, r"after forget\(\), log-probs differ"),
+    ],
+    "it_acts_by_the_values_of_a_head_where_it_says_that_it_can": [
+        (BehaviourIgnored, "those of the greatest values are"),
+        (ValuesOfOneChoiceMore, "those of the greatest values are"),
+        (EpsilonIgnored, "with epsilon 0.6 and three choices the best was taken 1.00"),
+        (CertainOfWhatItExplores, "are off by .* in probability"),
+        (ExploresWithoutASeed, "without a seed epsilon is 0"),
     ],
     "sampling_changes_no_weight_and_leaves_no_gradient": [
         (HalvesTheWeights, "changed the weights"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from rllava_core.algorithms.maths import group_std
@@ -70,10 +71,22 @@ def test_demonstrations_hold_the_right_answers() -> None:
     assert [item.answer for item in trajectories[3:6]] == ["3", "green", "no!"]
     for trajectory in trajectories:
         assert (trajectory.behaviour_logprobs == 0).all()
-        assert trajectory.episode_return == 1
+        assert trajectory.score == 1
+        assert trajectory.episode_return == pytest.approx(1 + 0.1 * (len(trajectory.turns) - 1))
     assert len({len(item.actions[0].tokens) for item in trajectories[:3]}) == 3
 
 
 def test_scores_are_given_in_turn() -> None:
-    scored = with_scores(play(tiny_policy(), choice_scripts(), 2), [1.0, -2.0])
-    assert [item.episode_return for item in scored] == [1.0, -2.0] * 3
+    """They are then the returns, also of several turns: checks of equal returns need them exactly so."""
+    scored = with_scores(play(tiny_policy(), [*choice_scripts(), *conversation_scripts()], 2), [1.0, -2.0])
+    assert [item.episode_return for item in scored] == [1.0, -2.0] * 5
+
+
+def test_an_episode_that_is_not_answered_in_the_end_is_truncated_there() -> None:
+    *_, whole, left = play(tiny_policy(), conversation_scripts())
+
+    assert (whole.terminated, whole.truncation, whole.final) == (True, None, None)
+    assert (left.terminated, left.truncation) == (False, "environment")
+    assert left.final is not None
+    assert left.final[:-1] == (*left.turns[-1].context, left.turns[-1].action)
+    assert [item.rewards[:-1] for item in (whole, left)] == [(0.1, 0.1), (0.1,)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment
 from rllava_core.testing import samples
 
 
@@ -17,8 +16,9 @@ def test_an_episode_has_a_question_and_an_answer_for_each_turn() -> None:
     example = samples.example(1)
     episode = samples.episode(example, "é", "42", group=3, ended=False, info={"success": False})
 
-    assert [type(segment) for segment in episode.segments] == [ContextSegment, ActionSegment] * 2
-    assert [segment.images for segment in episode.segments[::2]] == [example.images, ()]
+    assert [len(turn.context) for turn in episode.turns] == [1, 3]
+    assert episode.turns[1].context[:2] == (episode.prompt, episode.turns[0].action)
+    assert [turn.observation.images for turn in episode.turns] == [example.images, ()]
     assert [action.tokens for action in episode.actions] == [(*"é".encode(), samples.END_OF_TURN), tuple(b"42")]
     assert [action.ended for action in episode.actions] == [True, False]
     assert len(episode.behaviour_logprobs) == episode.decisions == 5

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from rllava_core.config import load
-from rllava_core.errors import PluginError, TrainingError
+from rllava_core.errors import ConfigError, PluginError, TrainingError
 from rllava_core.plugins import load_plugins
+from rllava_core.policy.policy import Head
 from rllava_core.training.build import Parts, build_parts, device_name
-from rllava_core.training.checkpoint import Progress, save
+from rllava_core.training.checkpoint import Progress, restore, save
+from rllava_core.training.episodes import Limits
+from rllava_toy.algorithm import ToyCritic
 
 Build = Callable[..., Parts]
 
@@ -43,7 +46,7 @@ def test_the_reference_is_what_training_began_with_also_after_a_resume(build_toy
     kl = "algorithm.kl_coefficient=0.1"
     parts = build_toy(kl)
     first: Any = parts.trainer
-    begun_with = {name: tensor.clone() for name, tensor in weights(first._reference).items()}
+    begun_with = {name: tensor.clone() for name, tensor in weights(first._copies["reference"]).items()}
     assert same(begun_with, weights(parts.policy))
     with torch.no_grad():
         for parameter in parts.policy.parameters():
@@ -52,7 +55,7 @@ def test_the_reference_is_what_training_began_with_also_after_a_resume(build_toy
 
     resumed: Any = build_toy(kl, checkpoint=path).trainer
 
-    assert same(begun_with, weights(resumed._reference))
+    assert same(begun_with, weights(resumed._copies["reference"]))
     assert same(weights(parts.policy), weights(resumed.policy))
 
 
@@ -61,8 +64,70 @@ def test_no_reference_is_kept_where_none_is_needed(build_toy: Build, toy_config:
     resolved = load(toy_config, ["algorithm.kl_coefficient=0.1"], load_plugins())
     only_evaluated: Any = build_parts(resolved, learning=False).trainer
 
-    assert plain._reference is None
-    assert only_evaluated._reference is None
+    assert plain._copies == {}
+    assert only_evaluated._copies == {}
+
+
+def heads(monkeypatch: pytest.MonkeyPatch, **declared: Head) -> None:
+    monkeypatch.setattr(ToyCritic, "heads", {"value": Head(1), **declared})
+
+
+def test_a_head_may_have_an_output_for_each_choice_of_the_first_observation(
+    build_toy: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads(monkeypatch, q=Head("choices"), p=Head(5))
+    policy = build_toy("algorithm=toy_critic").policy
+
+    assert {name: head.out_features for name, head in policy.heads.items()} == {"value": 1, "q": 3, "p": 5}
+
+
+def test_a_head_for_each_choice_needs_choices(build_toy: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads(monkeypatch, q=Head("choices"))
+    with pytest.raises(ConfigError, match=r"^algorithm 'toy_critic' values each of the choices, .*set task\.choices"):
+        build_toy("algorithm=toy_critic", "task.choices=")
+
+
+def test_a_separate_trunk_begins_as_the_policy_and_survives_a_checkpoint(
+    build_toy: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert build_toy("algorithm=toy_critic").policy.trunk is None
+    heads(monkeypatch, value=Head(1, own_trunk=True))
+    parts = build_toy("algorithm=toy_critic")
+    trunk = parts.policy.trunk
+    assert same(weights(trunk), weights(parts.policy.model))
+    with torch.no_grad():
+        for parameter in parts.policy.parameters():
+            parameter += torch.rand_like(parameter)
+    path = save(tmp_path, parts, Progress(step=1))
+
+    resumed = build_toy("algorithm=toy_critic", checkpoint=path)
+    restore(path, resumed)
+
+    assert not same(weights(resumed.policy.trunk), weights(resumed.policy.model))
+    assert same(weights(resumed.policy), weights(parts.policy))
+
+
+def test_every_copy_begins_as_the_policy(build_toy: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ToyCritic.__init__
+
+    def declare(self: ToyCritic, config: Any) -> None:
+        original(self, config)
+        self.copies = ("target", "reference")
+
+    monkeypatch.setattr(ToyCritic, "__init__", declare)
+    parts = build_toy("algorithm=toy_critic")
+    trainer: Any = parts.trainer
+
+    assert list(trainer._copies) == ["target", "reference"]
+    for copy in trainer._copies.values():
+        assert same(weights(copy), weights(parts.policy))
+    assert len({id(copy) for copy in [parts.policy, *trainer._copies.values()]}) == 3
+
+
+def test_limits_are_those_of_the_task(build_toy: Build) -> None:
+    assert build_toy().task.limits == Limits(64, 200, None, "all")
+    changed = ("max_new_tokens=3", "max_turns=5", "max_episode_tokens=99", "history=2")
+    assert build_toy(*(f"task.{change}" for change in changed)).task.limits == Limits(3, 5, 99, 2)
 
 
 def test_rewards_have_their_weights_and_names(build_toy: Build) -> None:

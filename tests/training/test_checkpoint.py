@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from rllava_core.errors import TrainingError
+from rllava_core.mdp.environment import Start
 from rllava_core.policy.policy import Policy
 from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts
 from rllava_core.training.checkpoint import Progress, available, prune, restore, save
-from rllava_core.training.episodes import Episodes, Start
 
 Build = Callable[..., Parts]
 
@@ -36,11 +36,10 @@ CRITIC = ("algorithm=toy_critic",)
 
 def learn(parts: Parts, steps: int = 2) -> None:
     """Change weights, heads, optimizer and the algorithm's own state."""
-    episodes = Episodes(parts.adapter, parts.media, parts.sampler, parts.task.environment, 4)
     examples = parts.task.examples("train")
     assert examples is not None
     for step in range(steps):
-        played = episodes.play([Start(example, 0) for example in examples[:4]], 2, seed=step)
+        played = parts.episodes.play([Start(example, 0) for example in examples[:4]], 2, seed=step)
         rewarded = [replace(trajectory, score=float(number)) for number, trajectory in enumerate(played)]
         for batch in parts.algorithm.prepare(rewarded, parts.trainer):
             parts.trainer.step(batch, parts.algorithm.loss, 1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from rllava_core.errors import ConfigError, DataError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Action, Message, Observation, Transition
+from rllava_core.mdp.pool import LocalEnvironments
 from rllava_core.training.build import Parts, Task
 from rllava_core.training.episodes import Episodes
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
@@ -20,8 +23,7 @@ Build = Callable[..., Parts]
 
 
 def run(parts: Parts, *, limit: int | None = None, seed: int = 0, chunk: int = 32, **options: Any) -> Evaluation:
-    episodes = Episodes(parts.adapter, parts.media, parts.sampler, parts.task.environment, parts.task.max_new_tokens)
-    return evaluate(parts.task, episodes, limit, seed, chunk, **options)
+    return evaluate(parts.task, parts.episodes, limit, seed, chunk, **options)
 
 
 def names(evaluation: Evaluation) -> list[str]:
@@ -74,11 +76,46 @@ def test_numbers_are_means_over_episodes(build_toy: Build) -> None:
     assert result.summary() == {
         "success_rate": result.success_rate,
         "return_mean": result.return_mean,
+        "turns_mean": 1.0,
         "episodes": 6,
     }
 
 
 ENVIRONMENT = ("task.dataset=", "task.environment=brightness", "task.choices=", "task.rewards=[]")
+
+
+class Asking:
+    """Asks for the brightness of a picture until it has been told twice, or four times from odd seeds."""
+
+    def reset(self, *, seed: int, example: Example | None) -> Observation:
+        self.turns = 4 if seed % 2 else 2
+        return self.show()
+
+    def show(self) -> Observation:
+        return Observation((Message.user(Image.from_array(np.full((8, 8), 9, np.uint8)), "?"),), ("dark", "bright"))
+
+    def step(self, action: Action) -> Transition:
+        time.sleep(0.01)
+        self.turns -= 1
+        over = self.turns == 0
+        return Transition(0.5, None if over else self.show(), terminated=over)
+
+
+def test_episodes_of_several_turns_are_counted_and_timed(build_toy: Build) -> None:
+    """Seconds are those of one turn of one episode."""
+    parts = build_toy(*ENVIRONMENT)
+    pool = LocalEnvironments(Asking)
+    player = Episodes(parts.adapter, parts.media, parts.sampler, pool, parts.task.limits)
+
+    result = evaluate(parts.task, player, 8, 0, chunk=3)
+
+    turns = [4 if item.seed % 2 else 2 for item in result.trajectories]
+    assert [len(item.turns) for item in result.trajectories] == turns
+    assert [item.group for item in result.trajectories] == list(range(8))
+    assert result.turns_mean == sum(turns) / 8
+    assert result.return_mean == pytest.approx(sum(turns) / 16)
+    assert 0.01 <= result.environment_seconds < 0.05
+    assert result.policy_seconds > 0
 
 
 def test_an_environment_is_held_out_by_seeds_that_training_never_sees(build_toy: Build) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.training.samples import write_sample
 
 PICTURES = tuple(Image.from_array(np.full((4, 6, 3), shade, np.uint8)) for shade in (0, 100, 200))
@@ -25,8 +25,7 @@ def trajectory(answer: str = "7", group: int = 0, right: str | None = "7", ended
         example=Example(f"train.jsonl:{group}", {}, PICTURES[:2], right),
         seed=0,
         group=group,
-        segments=(prompt, action),
-        rewards=(0.0,),
+        turns=conversation([prompt, action]),
         terminated=True,
         scores={"exact_match": float(answer == right), "format": 0.5},
         score=1.25,
@@ -117,7 +116,7 @@ def test_odd_characters_cannot_break_the_table(tmp_path: Path, answer: str, show
 
 def test_half_a_surrogate_pair_in_a_prompt_can_be_written(tmp_path: Path) -> None:
     item = trajectory()
-    odd = replace(item, segments=(ContextSegment((1,), (), "user: \udc80"), item.segments[1]))
+    odd = replace(item, turns=conversation([ContextSegment((1,), (), "user: \udc80"), *item.actions]))
 
     assert "    user: \\udc80" in written(tmp_path, odd)
 
@@ -131,9 +130,35 @@ def test_an_episode_without_an_example_is_named_by_its_seed(tmp_path: Path) -> N
 
 def test_turns_stand_side_by_side(tmp_path: Path) -> None:
     item = trajectory("first")
-    turns = replace(item, segments=(*item.segments, ContextSegment((3,)), *trajectory("second").actions))
+    segments: list[Segment] = [item.prompt, *item.actions, ContextSegment((3,)), *trajectory("second").actions]
+    turns = replace(item, turns=conversation(segments))
 
     assert "| `first` / `second` | -1.500 |" in written(tmp_path, turns)
+
+
+def test_the_longest_episode_of_a_group_is_told_turn_by_turn(tmp_path: Path) -> None:
+    item = trajectory("first")
+    [first] = item.turns
+    segments: list[Segment] = [item.prompt, first.action, ContextSegment((3,), PICTURES[2:], "user: [image]And now?")]
+    turns = conversation([*segments, *trajectory("second").actions], [-0.5, 2.0])
+    longest = replace(
+        item, turns=(replace(turns[0], parsed=False), turns[1]), outcome=PICTURES[:1], score=0.0, terminated=False
+    )
+    left = replace(longest, truncation="turns")
+
+    text = written(tmp_path, trajectory(), left)
+
+    first_name, _, third = (f"images/{picture.digest[:16]}.png" for picture in PICTURES)
+    assert "| `first` / `second` | -1.500 | truncated (turns) |" in text
+    told = text.partition("The longest of these, turn by turn (2 turns):")[2]
+    assert [line for line in told.splitlines() if line] == [
+        "Turn 1: `first`, which the environment could not read, reward -0.5",
+        f"![image]({third})",
+        "    user: [image]And now?",
+        "Turn 2: `second`, reward 2",
+        f"![image]({first_name})",
+    ]
+    assert "turn by turn" not in written(tmp_path / "other", trajectory())
 
 
 def test_a_full_disk_is_a_clear_error(tmp_path: Path) -> None:
