@@ -21,7 +21,7 @@ from rllava_core.engines.local_train import LocalTrainEngine
 from rllava_core.engines.protocol import TrainSetup
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
@@ -73,35 +73,36 @@ class Workbench:
         return other
 
     def engine(self, policy: Policy, reference: Policy | None, micro_batch_tokens: int = 90) -> LocalTrainEngine:
+        """reference: the frozen copy of that name; None for an algorithm that asks for none."""
         section = TrainingSection(steps=1, max_grad_norm=None, micro_batch_tokens=micro_batch_tokens)
-        setup = TrainSetup(policy, reference, MediaStore(policy.adapter), section)
+        copies = {} if reference is None else {"reference": reference}
+        setup = TrainSetup(policy, copies, MediaStore(policy.adapter), section)
         return LocalTrainEngine(LocalTrainConfig(device="cpu"), setup)
 
     def decisions(self, model: Any, trajectory: Trajectory) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probs and entropies of one trajectory, from whole sequences without cache, padding or sharing."""
         logprobs, entropies = [], []
-        tokens: list[int] = []
-        images: list[Image] = []
-        for segment in trajectory.segments:
-            if isinstance(segment, ContextSegment):
-                images += segment.images
-            elif segment.choices is not None and segment.choice is not None:
+        for turn in trajectory.turns:
+            action = turn.action
+            tokens = [token for segment in turn.context for token in segment.tokens]
+            shown = [segment for segment in turn.context if isinstance(segment, ContextSegment)]
+            images = [image for segment in shown for image in segment.images]
+            if action.choices is not None and action.choice is not None:
                 scores = []
-                for choice in segment.choices:
+                for choice in action.choices:
                     table = _log_softmax(model, [*tokens, *choice], images)
                     scores.append(sum(table[len(tokens) + k - 1, token] for k, token in enumerate(choice)))
                 stacked = torch.stack(scores)
                 distribution = stacked - stacked.exp().sum().log()
-                logprobs.append(distribution[segment.choice])
+                logprobs.append(distribution[action.choice])
                 entropies.append(-(distribution.exp() * distribution).sum())
             else:
-                table = _log_softmax(model, [*tokens, *segment.tokens], images)
-                for k, token in enumerate(segment.tokens):
+                table = _log_softmax(model, [*tokens, *action.tokens], images)
+                for k, token in enumerate(action.tokens):
                     row = table[len(tokens) + k - 1]
                     possible = row[row > -torch.inf]
                     logprobs.append(row[token])
                     entropies.append(-(possible.exp() * possible).sum())
-            tokens += segment.tokens
         return logprobs, entropies
 
     def trajectories(self, policy: Policy, kind: str) -> list[Trajectory]:
@@ -131,13 +132,14 @@ class Workbench:
         offsets = [-0.6, 0.6, 0.05, 0.5, -0.1, -0.5, -0.4, 0.1, 0.3, -0.15, 0.4, -0.9]
         made, place = [], 0
         for number, (segments, value) in enumerate(zip(members[kind], returns, strict=True)):
-            trajectory = Trajectory(Example(f"example {number // 3}"), 0, number // 3, segments, (), True, score=value)
+            group = number // 3
+            trajectory = Trajectory(Example(f"example {group}"), 0, group, conversation(segments), True, score=value)
             current = [float(logprob.detach()) for logprob in self.decisions(policy.model, trajectory)[0]]
             old = []
             for logprob in current:
                 old.append(min(logprob + offsets[place % len(offsets)], -0.01))
                 place += 1
-            made.append(_recorded(trajectory, old))
+            made.append(replace(trajectory, turns=conversation(_recorded(segments, old))))
         return made
 
     def objective(
@@ -261,13 +263,12 @@ def _choice(index: int, *choices: str) -> ActionSegment:
     return ActionSegment(entries[index], np.zeros(1, np.float32), choices[index], choice=index, choices=entries)
 
 
-def _recorded(trajectory: Trajectory, old: Sequence[float]) -> Trajectory:
+def _recorded(segments: Sequence[Segment], old: Sequence[float]) -> list[Segment]:
     """The same with these behaviour log-probs."""
-    segments: list[Segment] = []
     waiting = iter(old)
-    for segment in trajectory.segments:
-        if isinstance(segment, ActionSegment):
-            values = np.array([next(waiting) for _ in range(segment.decisions)], np.float32)
-            segment = replace(segment, logprobs=values)
-        segments.append(segment)
-    return replace(trajectory, segments=tuple(segments))
+    return [
+        replace(segment, logprobs=np.array([next(waiting) for _ in range(segment.decisions)], np.float32))
+        if isinstance(segment, ActionSegment)
+        else segment
+        for segment in segments
+    ]

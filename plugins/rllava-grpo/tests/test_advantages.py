@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rllava_core.algorithms.policy_gradient import Rollouts
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, conversation
 from rllava_grpo.algorithm import GRPO
 from rllava_grpo.config import GRPOConfig
 
@@ -17,8 +17,9 @@ from rllava_grpo.config import GRPOConfig
 def advantages(returns: list[float], groups: list[int], **options: Any) -> list[float]:
     """Of trajectories with these returns."""
     action = ActionSegment((1, 2), np.full(2, -1, np.float32), "")
+    turns = conversation([ContextSegment((1,)), action], [0.25])
     trajectories = [
-        Trajectory(None, 0, group, (ContextSegment((1,)), action), (0.25,), True, score=value - 0.25)
+        Trajectory(None, 0, group, turns, True, score=value - 0.25)
         for value, group in zip(returns, groups, strict=True)
     ]
     found: torch.Tensor = GRPO(GRPOConfig(**options)).advantages(Rollouts.of(trajectories))

@@ -70,7 +70,7 @@ def test_the_gradient_equals_the_equation_decision_by_decision(bench: Any, name:
     assert expected.clipped_low + expected.clipped_high < expected.decisions
 
     algorithm = GRPO(GRPOConfig(group_size=3, **options))
-    engine = bench.engine(policy, reference if algorithm.uses_reference else None)
+    engine = bench.engine(policy, reference if algorithm.copies else None)
     [batch] = algorithm.prepare(trajectories, engine)
     metrics = engine.step(batch, algorithm.loss, 1e-9)
 
@@ -89,7 +89,7 @@ def test_every_minibatch_of_every_epoch_has_the_equation_s_gradient(bench: Any, 
     reference = bench.perturbed(policy)
     trajectories = bench.trajectories(policy, "text")
     algorithm = GRPO(GRPOConfig(group_size=3, epochs=2, minibatches=2, **options))
-    engine = bench.engine(policy, reference if algorithm.uses_reference else None)
+    engine = bench.engine(policy, reference if algorithm.copies else None)
     ratios = []
 
     for batch in algorithm.prepare(trajectories, engine):
@@ -115,7 +115,7 @@ def test_the_gradient_equals_finite_differences(bench: Any, name: str, kind: str
     trajectories = bench.trajectories(policy, kind)
     by_hand = copy.deepcopy(policy.model)
     algorithm = GRPO(GRPOConfig(group_size=3, **options))
-    engine = bench.engine(policy, reference if algorithm.uses_reference else None)
+    engine = bench.engine(policy, reference if algorithm.copies else None)
     [batch] = algorithm.prepare(trajectories, engine)
     engine.step(batch, algorithm.loss, 1e-9)
     found = gradients(policy.model)

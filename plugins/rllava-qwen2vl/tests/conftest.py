@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.policy.adapter import Features
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.media import MediaStore
@@ -87,16 +87,15 @@ class Workbench:
         text = adapter.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         return dict(adapter.processor(text=[text], images=images or None, return_tensors="pt"))
 
-    def prompt(self, adapter: Qwen2VL, *messages: Message) -> ContextSegment:
+    def prompt(self, adapter: Qwen2VL, *messages: Message, continues: bool = False) -> ContextSegment:
         """Messages as the adapter renders them."""
         images = tuple(part.image for one in messages for part in one.parts if isinstance(part, ImagePart))
         features = [adapter.preprocess(image) for image in images]
-        return ContextSegment(adapter.render(messages, features), images)
+        return ContextSegment(adapter.render(messages, features, continues=continues), images)
 
     def observation(self, adapter: Qwen2VL, *messages: Message) -> ContextSegment:
         """A later turn: what follows the end-of-turn token of the answer before."""
-        shown = self.prompt(adapter, *messages)
-        return ContextSegment((*adapter.encode("\n"), *shown.tokens), shown.images)
+        return self.prompt(adapter, *messages, continues=True)
 
     def text(self, adapter: Qwen2VL, answer: str, ended: bool = True) -> ActionSegment:
         tokens = adapter.encode(answer) + (adapter.end_of_turn[:1] if ended else ())
@@ -108,7 +107,7 @@ class Workbench:
         return ActionSegment(entries[index], recorded, choices[index], choice=index, choices=entries)
 
     def episode(self, *segments: Segment, group: int = 0) -> Trajectory:
-        return Trajectory(Example("train.jsonl:12"), 0, group, segments, (), terminated=True)
+        return Trajectory(Example("train.jsonl:12"), 0, group, conversation(segments), terminated=True)
 
     def plain_logits(self, adapter: Qwen2VL, model: Any, tokens: Sequence[int], images: Sequence[Image]) -> Tensor:
         """[T, V] of one whole sequence: positions, masks and image tokens are transformers' own business."""
@@ -127,31 +126,30 @@ class Workbench:
         for name in ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad"):
             forbidden[adapter.tokenizer.convert_tokens_to_ids(f"<|{name}|>")] = True
 
-        def table(sequence: Sequence[int]) -> Tensor:
+        def table(sequence: Sequence[int], images: Sequence[Image]) -> Tensor:
             logits = self.plain_logits(adapter, policy.model, sequence, images) / policy.temperature
             return torch.log_softmax(logits.masked_fill(forbidden, -torch.inf), dim=-1)
 
-        tokens: list[int] = []
-        images: list[Image] = []
         logprobs, entropies = [], []
-        for segment in trajectory.segments:
-            if isinstance(segment, ContextSegment):
-                images += segment.images
-            elif segment.choices is not None and segment.choice is not None:
+        for turn in trajectory.turns:
+            action = turn.action
+            tokens = [token for segment in turn.context for token in segment.tokens]
+            shown = [segment for segment in turn.context if isinstance(segment, ContextSegment)]
+            images = [image for segment in shown for image in segment.images]
+            if action.choices is not None and action.choice is not None:
                 scores = []
-                for choice in segment.choices:
-                    rows = table([*tokens, *choice])
+                for choice in action.choices:
+                    rows = table([*tokens, *choice], images)
                     scores.append(sum(rows[len(tokens) + k - 1, token] for k, token in enumerate(choice)))
                 distribution = torch.log_softmax(torch.stack(scores), 0)
-                logprobs.append(distribution[segment.choice])
+                logprobs.append(distribution[action.choice])
                 entropies.append(-(distribution.exp() * distribution).sum())
             else:
-                rows = table([*tokens, *segment.tokens])
-                for k, token in enumerate(segment.tokens):
+                rows = table([*tokens, *action.tokens], images)
+                for k, token in enumerate(action.tokens):
                     row = rows[len(tokens) + k - 1]
                     logprobs.append(row[token])
                     entropies.append(-(row[~forbidden].exp() * row[~forbidden]).sum())
-            tokens += segment.tokens
         return torch.stack(logprobs), torch.stack(entropies)
 
     def conversations(self) -> dict[str, tuple[Message, ...]]:

@@ -18,7 +18,7 @@ from rllava_core.mdp.messages import Message
 from rllava_core.mdp.trajectory import ContextSegment
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
-from rllava_core.policy.sampling import Request, sample
+from rllava_core.policy.sampling import Request, Sampler
 
 Gradients = Callable[[Policy, Tensor], Mapping[str, Tensor]]
 
@@ -115,7 +115,7 @@ def test_greedy_decoding_equals_that_of_transformers(bench: Any) -> None:
     policy.adapter.end_of_turn = tuple(ends)
     expected = [generated(bench, policy, request) for request in requests]
 
-    answers = sample(policy, MediaStore(policy.adapter), requests, None)
+    answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, None)
 
     assert [list(action.tokens) for [action] in answers] == expected
     assert [action.ended for [action] in answers] == [answer[-1] in ends for answer in expected]
@@ -140,7 +140,7 @@ def test_a_sampled_image_placeholder_is_impossible_here_and_in_transformers_gene
     requests = requests_of(bench, policy.adapter, max_tokens=6, count=3)
 
     for generator in (Generator().manual_seed(0), None):
-        answers = sample(policy, MediaStore(policy.adapter), requests, generator)
+        answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, generator)
         assert not set(placeholders) & {token for group in answers for action in group for token in action.tokens}
     assert not set(placeholders) & set(generated(bench, policy, requests[1]))
 
@@ -152,14 +152,14 @@ def test_the_update_sees_the_pixels_and_positions_that_the_rollout_saw(bench: An
     requests = requests_of(bench, policy.adapter, count=3)
     policy.adapter.preprocessed.clear()
 
-    answers = sample(policy, media, requests, Generator().manual_seed(0))
+    answers = Sampler(policy, media).sample(requests, Generator().manual_seed(0))
     trajectories = [
         bench.episode(*request.context, action, group=number)
         for number, (request, actions) in enumerate(zip(requests, answers, strict=True))
         for action in actions
     ]
     section = TrainingSection(steps=1, micro_batch_tokens=100)
-    engine = LocalTrainEngine(LocalTrainConfig(device="cpu"), TrainSetup(policy, None, media, section))
+    engine = LocalTrainEngine(LocalTrainConfig(device="cpu"), TrainSetup(policy, {}, media, section))
     recomputed = engine.evaluate(trajectories).logprobs.numpy()
 
     recorded = np.concatenate([trajectory.behaviour_logprobs for trajectory in trajectories])
@@ -177,7 +177,7 @@ def test_each_micro_batch_has_the_pixels_of_its_own_trajectories(bench: Any, tok
     policy = bench.policy()
     trajectories = bench.trajectories(policy.adapter)
     section = TrainingSection(steps=1, micro_batch_tokens=tokens)
-    setup = TrainSetup(policy, None, MediaStore(policy.adapter), section)
+    setup = TrainSetup(policy, {}, MediaStore(policy.adapter), section)
 
     found = LocalTrainEngine(LocalTrainConfig(device="cpu"), setup).evaluate(trajectories).logprobs
 
@@ -195,7 +195,7 @@ def test_a_conversation_of_several_turns_is_sampled_as_it_is_trained(bench: Any)
     first = bench.text(adapter, "a wa", ended=False)
     request = Request((prompt, first, later), 4, 6, "train.jsonl:12")
 
-    [actions] = sample(policy, MediaStore(adapter), [request], Generator().manual_seed(1))
+    [actions] = Sampler(policy, MediaStore(adapter)).sample([request], Generator().manual_seed(1))
 
     for action in actions:
         with torch.no_grad():

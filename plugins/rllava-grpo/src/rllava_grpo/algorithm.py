@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rllava_core.algorithms.maths import clipped, group_mean, group_std
@@ -14,15 +15,20 @@ from rllava_grpo.config import GRPOConfig
 class GRPO(PolicyGradient):
     """Group relative policy optimization (arXiv:2402.03300, eq. 3).
 
-    The baseline of a trajectory is the mean return of its group, so no critic is needed.
+    The baseline of a trajectory is the mean return of its group, so no critic is needed; with credit by turns, that of
+    a turn is the group's mean from the same turn on.
     """
 
     config: GRPOConfig
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
-        centred = rollouts.returns - group_mean(rollouts.returns, rollouts.group)
+        """[N] of trajectories, or [T] of turns where `credit` is `turn`."""
+        returns, group = rollouts.returns, rollouts.group
+        if self.config.credit == "turn":
+            returns, group = rewards_to_go(rollouts), turn_groups(rollouts)
+        centred = returns - group_mean(returns, group)
         if self.config.scale == "group":
-            return centred / (group_std(rollouts.returns, rollouts.group) + self.config.epsilon)
+            return centred / (group_std(returns, group) + self.config.epsilon)
         if self.config.scale == "batch":
             return centred / (centred.std() + self.config.epsilon)
         return centred
@@ -41,3 +47,20 @@ class GRPO(PolicyGradient):
             "policy/clip_fraction_low": low.float(),
             "policy/clip_fraction_high": high.float(),
         }
+
+
+def rewards_to_go(rollouts: Rollouts) -> Tensor:
+    """[T] undiscounted sum of the rewards of each turn and of all later ones of its episode."""
+    episodes = rollouts.turn_rewards.split(rollouts.turns.tolist())
+    return torch.cat([rewards.flip(0).cumsum(0).flip(0) for rewards in episodes])
+
+
+def turn_groups(rollouts: Rollouts) -> Tensor:
+    """[T] labels: turns of the same number in the episodes of a group are compared with each other.
+
+    What an action cannot have changed, the rewards before it, is in neither side; a baseline that depends on the number
+    of the turn alone leaves the gradient unbiased (Sutton and Barto 2018, section 13.4).
+    """
+    number = torch.cat([torch.arange(turns) for turns in rollouts.turns.tolist()])
+    group = rollouts.group.repeat_interleave(rollouts.turns)
+    return group * (int(rollouts.turns.max()) + 1) + number

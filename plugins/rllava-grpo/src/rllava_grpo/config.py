@@ -19,6 +19,11 @@ class GRPOConfig(PolicyGradientConfig):
         description="what advantages are divided by: the group's standard deviation + epsilon (arXiv:2402.03300); "
         "that of all centred returns of the step + epsilon (arXiv:2501.03262); nothing (Dr. GRPO, arXiv:2503.20783)",
     )
+    credit: Literal["episode", "turn"] = Field(
+        default="episode",
+        description="what an action of an episode of several turns is judged by: episode: the return of the whole "
+        "episode; turn: the rewards from its turn on, compared with those of the group from the same turn on",
+    )
     epsilon: float = Field(default=1e-4, gt=0, description="added to the standard deviation")
 
     @field_validator("group_size")

@@ -25,6 +25,9 @@ from rllava_qwen2vl.tiny import tiny_model, tiny_processor
 
 PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 
+_ANSWER = "An answer."
+"""Stands for what the assistant said, where only what follows it is wanted."""
+
 
 class Qwen2VL:
     """The Qwen2-VL family (arXiv:2409.12191)."""
@@ -62,7 +65,8 @@ class Qwen2VL:
         self.context_length = int(text.max_position_embeddings)
         ends = model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
-        self.end_of_turn = tuple(sorted({int(self.tokenizer.eos_token_id), *listed}))
+        own = int(self.tokenizer.eos_token_id)
+        self.end_of_turn = (own, *sorted(set(listed) - {own}))
         unused = range(len(self.tokenizer), text.vocab_size)
         known = self.tokenizer.get_added_vocab()
         self.forbidden_tokens = (*sorted(known[name] for name in PLACEHOLDERS if name in known), *unused)
@@ -80,9 +84,11 @@ class Qwen2VL:
     def feature_count(self, features: Features) -> int:
         return int(features["image_grid_thw"].prod()) // self.merge**2
 
-    def render(self, messages: Sequence[Message], features: Sequence[Features]) -> tuple[int, ...]:
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
         conversation = [{"role": message.role, "content": self._content(message)} for message in messages]
-        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        text = self._continuation(conversation) if continues else self._template(conversation)
         pieces = text.split("<|image_pad|>")
         counts = [self.feature_count(item) for item in features]
         if len(pieces) != len(counts) + 1:
@@ -155,6 +161,24 @@ class Qwen2VL:
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
+
+    def _template(self, conversation: list[dict[str, Any]]) -> str:
+        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    def _continuation(self, conversation: list[dict[str, Any]]) -> str:
+        """What the template writes after an assistant's turn, found by writing one with an answer of our own."""
+        before = [{"role": role, "content": [{"type": "text", "text": _ANSWER}]} for role in ("user", "assistant")]
+        head, found, rest = self._template([*before, *conversation]).rpartition(_ANSWER)
+        end = self.tokenizer.decode([self.end_of_turn[0]])
+        # Everything up to the end of the assistant's turn must be the same whatever follows.
+        if not found or head.count(_ANSWER) != 1 or not rest.startswith(end):
+            raise ModelError(
+                f"model {self._origin}: its chat template does not end an assistant's turn with {end!r}, so that "
+                "conversations of several turns cannot be continued; set task.history to 1"
+            )
+        return rest.removeprefix(end)
 
     @property
     def _origin(self) -> str:
