@@ -201,6 +201,50 @@ def test_a_fraction_is_a_fraction(fraction: float) -> None:
         JsonLinesConfig(path="train.jsonl", held_out_fraction=fraction)
 
 
+# Boxes
+
+
+def test_boxes_are_read_from_their_column_in_whole_pixels(folder: Path) -> None:
+    path = write(folder, record(regions=[[0, 0, 4, 4], [1.5, 2.0, 6.1, 8]]), record(regions=None), record(regions=[]))
+    first, *others = read(path, boxes="regions")
+    assert first.fields == {"question": "What?", "boxes": ((0, 0, 4, 4), (1, 2, 7, 8))}
+    assert [example.fields for example in others] == [{"question": "What?"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[0, 0, 4, 9]], "regions[0] is [0, 0, 4, 9], which is not inside the image of 8x8 pixels"),
+        ([[0, 0, 4, 4], [-1, 0, 4, 4]], "regions[1] is [-1, 0, 4, 4], which is not inside the image of 8x8 pixels"),
+        ([[4, 0, 4, 4]], "regions[0] is [4, 0, 4, 4], expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1"),
+        ([[0, 4, 4, 0]], "regions[0] is [0, 4, 4, 0], expected [x0, y0, x1, y1] with x0 < x1 and y0 < y1"),
+        ([[0, 0, 4]], "regions[0] is [0, 0, 4], expected four numbers [x0, y0, x1, y1] in pixels"),
+        ([[0, 0, 4, "4"]], 'regions[0] is [0, 0, 4, "4"], expected four numbers'),
+        ([[0, 0, 4, True]], "regions[0] is [0, 0, 4, true], expected four numbers"),
+        ([0, 0, 4, 4], "regions[0] is 0, expected four numbers"),
+        ("0 0 4 4", 'regions is "0 0 4 4", expected a list of [x0, y0, x1, y1], or null for no boxes'),
+        ({"x0": 1}, 'regions is {"x0": 1}, expected a list'),
+        (..., "no column 'regions'"),
+    ],
+)
+def test_bad_boxes_are_named_with_file_and_line(folder: Path, boxes: Any, message: str) -> None:
+    path = write(folder, record(regions=None), record(regions=boxes))
+    assert error(path, boxes="regions").startswith(f"{path}:2: {message}")
+
+
+@pytest.mark.parametrize(("image", "count"), [(["a.png", "b.png"], 2), (None, 0)])
+def test_boxes_refer_to_one_image(folder: Path, image: Any, count: int) -> None:
+    path = write(folder, record(image=image, regions=[[0, 0, 4, 4]]))
+    assert error(path, boxes="regions") == f"{path}:1: regions refers to one image, the line has {count}"
+
+
+def test_without_looking_at_images_boxes_are_not_compared_with_them(folder: Path) -> None:
+    path = write(folder, record(regions=[[0, 0, 99, 99]]))
+    assert read(path, boxes="regions", verify_images=False)[0].fields["boxes"] == ((0, 0, 99, 99),)
+    inverted = write(folder, record(regions=[[9, 0, 0, 99]]), name="inverted.jsonl")
+    assert "with x0 < x1" in error(inverted, boxes="regions", verify_images=False)
+
+
 # What is refused
 
 

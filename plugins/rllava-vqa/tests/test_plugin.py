@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from rllava_core.specs import ComponentSpec
 from rllava_vqa import plugin
 
-SPECS = [*plugin.rllava_datasets(), *plugin.rllava_rewards()]
+SPECS = [*plugin.rllava_datasets(), *plugin.rllava_environments(), *plugin.rllava_rewards()]
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -33,14 +33,16 @@ def config_of(spec: ComponentSpec) -> type[BaseModel]:
 
 
 def test_it_lists_its_components() -> None:
-    assert [spec.name for spec in plugin.rllava_datasets()] == ["digits", "jsonl", "folder"]
+    assert [spec.name for spec in plugin.rllava_datasets()] == ["digits", "digit_scenes", "jsonl", "folder"]
+    assert [spec.name for spec in plugin.rllava_environments()] == ["zoom", "zoom_text"]
     assert [spec.name for spec in plugin.rllava_rewards()] == ["exact_match", "answer_format", "contains", "numeric"]
     assert plugin.rllava_plugin_info().summary
 
 
 def test_listing_it_and_reading_its_options_imports_nothing_heavy() -> None:
     code = (
-        "import sys; import rllava_vqa.plugin as plugin; plugin.rllava_datasets(); plugin.rllava_rewards(); "
+        "import sys; import rllava_vqa.plugin as plugin; "
+        "plugin.rllava_datasets(); plugin.rllava_environments(); plugin.rllava_rewards(); "
         "import rllava_vqa.config; "
         "print([name for name in ('torch', 'transformers', 'sklearn', 'numpy', 'PIL') if name in sys.modules])"
     )

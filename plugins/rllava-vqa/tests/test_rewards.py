@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rllava_core.errors import RewardError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.rewards import Reward
-from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
+from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, conversation
 from rllava_vqa.config import AnswerFormatConfig, ContainsConfig, ExactMatchConfig, NumericConfig
 from rllava_vqa.rewards import AnswerFormat, Contains, ExactMatch, Numeric
 
@@ -21,13 +21,14 @@ def episode(answer: str, expected: str | None = "cat", ended: bool = True, examp
         example=Example("train.jsonl:3", answer=expected) if example else None,
         seed=5,
         group=0,
-        segments=(
-            ContextSegment((1,)),
-            ActionSegment((2,), np.zeros(1, np.float32), text=expected or ""),
-            ContextSegment((1,)),
-            ActionSegment((2,), np.zeros(1, np.float32), text=answer, ended=ended),
+        turns=conversation(
+            [
+                ContextSegment((1,)),
+                ActionSegment((2,), np.zeros(1, np.float32), text=expected or ""),
+                ContextSegment((1,)),
+                ActionSegment((2,), np.zeros(1, np.float32), text=answer, ended=ended),
+            ]
         ),
-        rewards=(0.0, 0.0),
         terminated=True,
     )
 

@@ -1,1 +1,1 @@
-"""Visual question answering for rllava: data sets and rewards."""
+"""Visual question answering for rllava: data sets, environments and rewards."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rllava_core.config import Options
 
@@ -13,6 +14,16 @@ class DigitsConfig(Options):
     """Options of the data set `digits`."""
 
     question: str = Field(default="Which digit?", description="what every example asks; a prompt names it {question}")
+
+
+class DigitScenesConfig(Options):
+    """Options of the data set `digit_scenes`."""
+
+    question: str = Field(default="Which digit?", description="what every example asks; a prompt names it {question}")
+    distractors: int = Field(default=3, ge=0, le=3, description="cells that hold a stroke of the pen and no digit")
+    close_ups: float = Field(
+        default=0.0, ge=0, le=1, description="share of the scans to train on that are examples of their own as well"
+    )
 
 
 class JsonLinesConfig(Options):
@@ -42,6 +53,10 @@ class JsonLinesConfig(Options):
         default=None,
         description="column of a list of possible answers, the right one among them; null: answers are free text",
     )
+    boxes: str | None = Field(
+        default=None,
+        description="column of a list of regions [x0, y0, x1, y1] of the line's one image, in pixels; null: none",
+    )
     root: str | None = Field(
         default=None, description="folder that relative image paths refer to; null: the folder of the JSONL file"
     )
@@ -66,6 +81,69 @@ class ClassFolderConfig(Options):
     )
     verify_images: bool = Field(
         default=True, description="decode every image once before the run, so that a damaged one stops it at once"
+    )
+
+
+class LookAgainConfig(Options):
+    """What the environments `zoom` and `zoom_text` share."""
+
+    overview_size: int = Field(
+        default=64, ge=1, description="pixels of the overview's longer side; choose it so that the answer is lost in it"
+    )
+    view_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="overview and crops of a shorter longer side are enlarged to this many pixels (the overview as "
+        "squares, a crop bicubically); null: they are left to the model's processor",
+    )
+    zoom_limit: int = Field(
+        default=4, ge=0, description="turns without an answer, after which only an answer is left; 0: no zoom at all"
+    )
+    turn_cost: float = Field(default=0.05, ge=0, allow_inf_nan=False, description="taken off the reward by every zoom")
+    crop_prompt: str | None = Field(
+        default=None,
+        description="what comes with a crop, written like task.prompt; null: nothing where task.history is `all`, "
+        "else task.prompt",
+    )
+
+
+class ZoomConfig(LookAgainConfig):
+    """Options of the environment `zoom`."""
+
+    grid: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        default=(2, 2), description="columns and rows of regions, for examples without the field `boxes`"
+    )
+    zoom_names: str | tuple[str, ...] = Field(
+        default="zoom {number}",
+        description="names of the regions among the choices: a pattern with {number}, which counts from 1, or a list",
+    )
+
+    @field_validator("zoom_names")
+    @classmethod
+    def _names_differ(cls, names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(names, str):
+            if "{number}" not in names:
+                raise ValueError(f"{names!r} lacks {{number}}, so all regions would have one name")
+        elif not names or len(set(names)) < len(names) or "" in names:
+            raise ValueError("needs different, non-empty names")
+        return names
+
+    @model_validator(mode="after")
+    def _every_cell_has_a_name(self) -> ZoomConfig:
+        cells = self.grid[0] * self.grid[1]
+        if not isinstance(self.zoom_names, str) and len(self.zoom_names) < cells:
+            raise ValueError(f"zoom_names has {len(self.zoom_names)} names for the {cells} cells of the grid")
+        return self
+
+
+class ZoomTextConfig(LookAgainConfig):
+    """Options of the environment `zoom_text`."""
+
+    refusal_penalty: float = Field(
+        default=0.1,
+        ge=0,
+        allow_inf_nan=False,
+        description="taken off the reward by a text that is neither a zoom inside the image nor an answer",
     )
 
 

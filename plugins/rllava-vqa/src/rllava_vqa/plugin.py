@@ -1,4 +1,4 @@
-"""What this package tells rllava: its data sets and rewards, as data. Imports nothing heavy."""
+"""What this package tells rllava: its data sets, environments and rewards, as data. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rllava_core import ComponentSpec, PluginInfo, hookimpl
 
 @hookimpl
 def rllava_plugin_info() -> PluginInfo:
-    return PluginInfo(summary="Visual question answering: data sets and rewards.")
+    return PluginInfo(summary="Visual question answering: data sets, rewards, and looking again before the answer.")
 
 
 @hookimpl
@@ -20,16 +20,43 @@ def rllava_datasets() -> list[ComponentSpec]:
             summary="1,797 scanned handwritten digits of 8x8 pixels, built in: nothing to download",
         ),
         ComponentSpec(
+            name="digit_scenes",
+            target="rllava_vqa.datasets.digit_scenes:DigitScenes",
+            config="rllava_vqa.config:DigitScenesConfig",
+            summary="1,797 scenes with one scanned digit each, which only a closer look can read; built in",
+        ),
+        ComponentSpec(
             name="jsonl",
             target="rllava_vqa.datasets.jsonl:JsonLines",
             config="rllava_vqa.config:JsonLinesConfig",
-            summary="one JSON object a line: image paths, question, answer",
+            summary="one JSON object a line: image paths, question, answer, boxes",
         ),
         ComponentSpec(
             name="folder",
             target="rllava_vqa.datasets.folder:ClassFolder",
             config="rllava_vqa.config:ClassFolderConfig",
             summary="a folder with one sub-folder of images for each answer",
+        ),
+    ]
+
+
+@hookimpl
+def rllava_environments() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            name="zoom",
+            target="rllava_vqa.environments.zoom:Zoom",
+            config="rllava_vqa.config:ZoomConfig",
+            summary="an overview first; choose a region to see it in full resolution, or an answer",
+            provides=frozenset({"choices"}),
+            needs=frozenset({"dataset"}),
+        ),
+        ComponentSpec(
+            name="zoom_text",
+            target="rllava_vqa.environments.zoom_text:ZoomText",
+            config="rllava_vqa.config:ZoomTextConfig",
+            summary="an overview first; write which pixels to see in full resolution, or the answer",
+            needs=frozenset({"dataset"}),
         ),
     ]
 

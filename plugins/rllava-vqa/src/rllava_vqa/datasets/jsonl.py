@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 from rllava_core.errors import DataError
 from rllava_core.mdp.examples import Example, Split
 from rllava_core.mdp.images import ImageFile
+from rllava_vqa.boxes import Box, BoxError, read_box
 from rllava_vqa.config import JsonLinesConfig
 from rllava_vqa.datasets.held_out import held_out_indices
 from rllava_vqa.datasets.problems import raise_problems
@@ -22,7 +23,8 @@ Value = TypeVar("Value", bound=str | int | float)
 class JsonLines:
     """One example a line of a UTF-8 file; blank lines are passed over.
 
-    A prompt may name `{question}` and every other column of text or a number, but not the answer.
+    A prompt may name `{question}` and every other column of text or a number, but not the answer. Boxes, where the
+    config names their column, are the field `boxes`, of whole pixels.
 
     Raises DataError that names file and line of the first few lines that cannot be used, and counts the others.
     """
@@ -60,13 +62,13 @@ class _LineError(Exception):
 
 
 class _Reader:
-    """Reads one file; remembers which images it has found good, for many lines may share one."""
+    """Reads one file; remembers the images that it has found good and their sizes, for many lines may share one."""
 
     def __init__(self, config: JsonLinesConfig, path: Path) -> None:
         self._config = config
         self._path = path
         self._root = Path(config.root).expanduser() if config.root is not None else path.parent
-        self._verified: set[Path] = set()
+        self._sizes: dict[Path, tuple[int, int] | None] = {}
 
     def read(self) -> tuple[list[Example], list[str]]:
         """The examples and, for the split, the lines they stand on."""
@@ -100,8 +102,8 @@ class _Reader:
 
     def _example(self, name: str, record: Mapping[str, Any]) -> Example:
         config = self._config
-        special = {config.image, config.question, config.answer, config.choices}
-        fields = {
+        special = {config.image, config.question, config.answer, config.choices, config.boxes}
+        fields: dict[str, Any] = {
             column: _clean(column, value)
             for column, value in record.items()
             if column not in special and isinstance(value, str | int | float)
@@ -119,6 +121,8 @@ class _Reader:
             raise _LineError(f"answer {answer!r} is not among its choices {list(choices)}, so it can never be given")
         if config.image is not None:
             images = self._images(name, config.image, _column(record, config.image, "image"))
+        if config.boxes is not None and (boxes := self._boxes(config.boxes, record, images)):
+            fields |= {"boxes": boxes}
         return Example(name=name, fields=fields, images=images, answer=answer, choices=choices)
 
     def _images(self, name: str, column: str, value: Any) -> tuple[ImageFile, ...]:
@@ -129,16 +133,31 @@ class _Reader:
             raise _LineError(f"{column} is {_show(value)}, expected a path, a list of paths, or null for no image")
         return tuple(self._image(name, column, _clean(column, path)) for path in paths)
 
+    def _boxes(self, column: str, record: Mapping[str, Any], images: Sequence[ImageFile]) -> tuple[Box, ...]:
+        """Checked against the image as far as its size is known: with `verify_images`."""
+        value = _column(record, column, "boxes")
+        if value is None or value == []:
+            return ()
+        if not isinstance(value, list):
+            raise _LineError(f"{column} is {_show(value)}, expected a list of [x0, y0, x1, y1], or null for no boxes")
+        if len(images) != 1:
+            raise _LineError(f"{column} refers to one image, the line has {len(images)}")
+        boxes = []
+        for index, box in enumerate(value):
+            try:
+                boxes.append(read_box(box, self._sizes[images[0].path]))
+            except BoxError as error:
+                raise _LineError(f"{column}[{index}] is {error}") from None
+        return tuple(boxes)
+
     def _image(self, name: str, column: str, path: str) -> ImageFile:
         if "://" in path or "\0" in path:
             raise _LineError(f"{column} is {_show(path)}, expected the path of a file; nothing is downloaded")
         file = ImageFile(self._root / path, source=name)
-        if file.path not in self._verified:
+        if file.path not in self._sizes:
             if not _is_file(file.path):
                 raise _LineError(f"image {_show(path)}: no such file in {self._root} (option 'root' of the data set)")
-            if self._config.verify_images:
-                file.load()
-            self._verified.add(file.path)
+            self._sizes[file.path] = file.load().size if self._config.verify_images else None
         return file
 
 

@@ -1,0 +1,1 @@
+"""Environments of visual question answering: looking again before the answer."""
