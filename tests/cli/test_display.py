@@ -15,7 +15,7 @@ from rllava_core.cli.display import Display
 from rllava_core.training.evaluation import Evaluation
 
 METRICS = {"reward/mean": 0.25, "rollout/success_rate": 0.5, "policy/entropy": 1.5}
-EVALUATION = Evaluation(0.125, -0.5, 8, {}, (), ())
+EVALUATION = Evaluation(0.125, -0.5, 2.5, 8, 0.0, 0.0, {}, (), ())
 
 SUMMARY: dict[str, Any] = {
     "status": "completed",
@@ -23,9 +23,9 @@ SUMMARY: dict[str, Any] = {
     "wall_seconds": 12.34,
     "peak_memory_bytes": 3 * 2**20,
     "eval": {
-        "first": {"success_rate": 0.1, "return_mean": 0.2, "episodes": 8},
-        "last": {"success_rate": 0.3, "return_mean": 0.4, "episodes": 8},
-        "best": {"success_rate": 0.5, "return_mean": 0.6, "episodes": 8, "step": 4},
+        "first": {"success_rate": 0.1, "return_mean": 0.2, "turns_mean": 9.5, "episodes": 8},
+        "last": {"success_rate": 0.3, "return_mean": 0.4, "turns_mean": 1.0, "episodes": 8},
+        "best": {"success_rate": 0.5, "return_mean": 0.6, "turns_mean": 1.0, "episodes": 8, "step": 4},
     },
 }
 
@@ -94,7 +94,7 @@ def test_evaluations_and_a_coming_stop_are_lines(make: Any) -> None:
         display.evaluated(5, EVALUATION)
         display.stopping()
 
-    assert "step     5  held-out success 0.125  return -0.500  (8 episodes)" in output.getvalue()
+    assert "step     5  held-out success 0.125  return -0.500  turns 2.5  (8 episodes)" in output.getvalue()
     assert "Stopping after this step, which will be saved; Ctrl-C again stops at once." in output.getvalue()
 
 
@@ -142,9 +142,9 @@ def test_the_end_is_a_table_and_what_to_type_next() -> None:
         [cell.strip() for cell in line.strip("│").split("│")] for line in output.getvalue().splitlines() if "│" in line
     ]
     assert rows == [
-        ["before", "0.100", "0.200", "8"],
-        ["last evaluation", "0.300", "0.400", "8"],
-        ["best (step 4)", "0.500", "0.600", "8"],
+        ["before", "0.100", "0.200", "9.5", "8"],
+        ["last evaluation", "0.300", "0.400", "1.0", "8"],
+        ["best (step 4)", "0.500", "0.600", "1.0", "8"],
     ]
     assert "Completed 7 steps in 12.3 s, peak memory 3 MiB. Everything is in runs/a" in output.getvalue()
     assert "rllava eval runs/a --swap-images" in output.getvalue()

@@ -70,8 +70,9 @@ def test_eval_finds_what_the_run_found_last(runs: dict[str, Path], kind: str) ->
     assert len(answers) == COUNT == last["eval/episodes"]
     assert sum(line["success"] for line in answers) / COUNT == pytest.approx(last["eval/success_rate"], abs=1e-12)
     assert sum(line["return"] for line in answers) / COUNT == pytest.approx(last["eval/return_mean"], abs=1e-12)
+    assert {line["turns"] for line in answers} == {1} == {last["eval/turns_mean"]}
     names = [name.removeprefix("eval/") for name in last if name.startswith("eval/")]
-    for name in set(names) - {"success_rate", "return_mean", "episodes"}:
+    for name in set(names) - {"success_rate", "return_mean", "turns_mean", "episodes"}:
         assert sum(line[f"reward/{name}"] for line in answers) / COUNT == pytest.approx(last[f"eval/{name}"], abs=1e-12)
     # Otherwise equality would say little.
     assert len({line["answer"] for line in answers}) > 1
