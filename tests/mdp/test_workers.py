@@ -338,6 +338,7 @@ def test_no_process_is_left_when_a_pool_is_done(end: str, capfd: pytest.CaptureF
 
 
 SCRIPT = """
+import signal
 import sys
 from rllava_toy.misbehaving import MakeMisbehaving
 from rllava_core.mdp.environment import Start
@@ -352,6 +353,8 @@ def play(pool, *hows):
     pool.step(actions)
 
 if __name__ == "__main__":
+    # Where tests run in the background of a shell, it is ignored from the start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pool = WorkerEnvironments(MakeMisbehaving(), 2, 1000.0)
     try:
         play(pool, "spins", "well")
