@@ -6,6 +6,7 @@ Vocabulary, in the order in which data flows:
 - Observation: what an environment adds to the conversation; with `choices`, the discrete action set.
 - Action: what the policy did: tokens and their text, or an index into `choices`.
 - Transition: what an environment answers: reward, next observation, terminated, truncated, info.
-- Trajectory: the one record that training reads: segments of token ids, behaviour log-probs, rewards, images.
+- Turn: what the policy saw and did, as segments of token ids with images and behaviour log-probs, and the reward.
+- Trajectory: the one record that training reads: the turns of an episode, and how it ended.
 - Group: the trajectories of one example and seed.
 """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rllava_core.errors import DataError
+from rllava_core.errors import DataError, RllavaError
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Message, Observation
 from rllava_core.policy.adapter import ModelAdapter
@@ -136,10 +136,10 @@ class InputChecks(ModelSuite):
         ):
             try:
                 begun = self._rendered(adapter, beginning)
-            except Exception:
+            except RllavaError:
                 if what != "with a system message":
                     raise
-                continue  # some families have none
+                continue  # some families have none, and say so
             answer = self.texts[0]
             whole = self._rendered(adapter, [*beginning, Message("assistant", Message.user(answer).parts), going_on])
             continued = self._rendered(adapter, [going_on], continues=True)
