@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     "--checkpoint", type=int, metavar="STEP", help="Of a run: the checkpoint of this step; default: the last."
 )
 @click.option("--swap-images", is_flag=True, help="Ask each question with another example's images: are they seen?")
+@click.option("--random", "at_random", is_flag=True, help="Draw every choice at random: what is the level of chance?")
 @click.option(
     "--save-episodes",
     is_flag=True,
@@ -34,6 +35,7 @@ def evaluate(
     overrides: tuple[str, ...],
     checkpoint: int | None,
     swap_images: bool,
+    at_random: bool,
     save_episodes: bool,
     output: Path | None,
 ) -> None:
@@ -54,6 +56,7 @@ def evaluate(
 
     from rllava_core.cli.display import quiet_libraries
     from rllava_core.training.build import build_parts
+    from rllava_core.training.checkpoint import restore_heads
     from rllava_core.training.evaluation import evaluate as run
 
     quiet_libraries()
@@ -61,16 +64,30 @@ def evaluate(
     training = resolved.run.training
     with build_parts(resolved, weights, learning=False) as parts:
         chunk = training.prompts_per_step * parts.algorithm.group_size
-        result = run(parts.task, parts.episodes, training.eval_episodes, training.seed, chunk, swap_images=swap_images)
+        if weights is not None and parts.policy.heads:
+            restore_heads(weights, parts.policy)
+        behaviour = parts.algorithm.behaviour()
+        result = run(
+            parts.task,
+            parts.episodes,
+            behaviour,
+            training.eval_episodes,
+            training.seed,
+            chunk,
+            swap_images=swap_images,
+            at_random=at_random,
+        )
+    kind = ("-swapped-images" if swap_images else "") + ("-random" if at_random else "")
     if output is None and is_run:
-        output = target / "eval" / ("answers-swapped-images.jsonl" if swap_images else "answers.jsonl")
+        output = target / "eval" / f"answers{kind}.jsonl"
     if output is not None:
         _write_answers(output, result)
-    _show(result, weights or target, swap_images, output)
+    how = ("at random" if at_random else "greedy") + (", images swapped" if swap_images else "")
+    _show(result, weights or target, how, output)
     if save_episodes:
         from rllava_core.training.strips import write_strips
 
-        directory = target / "eval" / "episodes" if is_run else Path("episodes")
+        directory = target / "eval" / f"episodes{kind}" if is_run else Path(f"episodes{kind}")
         write_strips(directory, result.trajectories, result.successes)
         click.echo(f"Every episode is drawn in {directory}")
 
@@ -112,13 +129,12 @@ def _write_answers(path: Path, result: Evaluation) -> None:
         write_text(path, "\n".join(lines) + "\n")
 
 
-def _show(result: Evaluation, weights: Path, swapped: bool, output: Path | None) -> None:
+def _show(result: Evaluation, weights: Path, how: str, output: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    title = f"{result.episodes} held-out episodes, greedy" + (", images swapped" if swapped else "")
-    table = Table(title=title)
+    table = Table(title=f"{result.episodes} held-out episodes, {how}")
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_row("success rate", f"{result.success_rate:.4f}")

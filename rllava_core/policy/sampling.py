@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from rllava_core.errors import TrainingError
+from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.behaviour import Behaviour
@@ -123,9 +123,9 @@ class Sampler:
         elif behaviour.is_policy:
             actions, memory = self._write(builder, requests, rows, before, generator)
         else:
-            raise TrainingError(
-                f"{requests[0].name}: the algorithm acts by the values of choices, or at random among them, and the "
-                "environment asks for free text"
+            raise ConfigError(
+                f"{requests[0].name}: the environment asks for free text, and there is no acting at random, or by "
+                "values, where no choices are offered"
             )
         contexts = [request.context for request in requests]
         known = {_key(context): row for context, row in zip(contexts, rows, strict=True)}

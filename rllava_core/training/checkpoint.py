@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from rllava_core.errors import RllavaError, TrainingError
+from rllava_core.errors import ConfigError, RllavaError, TrainingError
+from rllava_core.policy.policy import Policy
 from rllava_core.training.build import Parts
 from rllava_core.training.storage import flush, load_tree, save_tree, writing
 
@@ -47,11 +50,8 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "resume").mkdir(parents=True)
             parts.adapter.save(parts.policy.model, temporary)
-            state = {
-                "policy": parts.policy.extra_state(),
-                "trainer": parts.trainer.state_dict(),
-                "algorithm": parts.algorithm.state_dict(),
-            }
+            save_tree(parts.policy.extra_state(), temporary / "resume" / "policy")
+            state = {"trainer": parts.trainer.state_dict(), "algorithm": parts.algorithm.state_dict()}
             save_tree(state, temporary / "resume" / "state")
             (temporary / "resume" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
@@ -68,12 +68,35 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
 
 def restore(checkpoint: Path, parts: Parts) -> Progress:
     """Everything but the model's weights, which are loaded with the model. Raises TrainingError for a damaged one."""
-    try:
+    restore_heads(checkpoint, parts.policy)
+    with _reading(checkpoint):
         state = load_tree(checkpoint / "resume" / "state")
-        parts.policy.load_extra_state(state["policy"])
         parts.trainer.load_state_dict(state["trainer"])
         parts.algorithm.load_state_dict(state["algorithm"])
         return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))
+
+
+def restore_heads(checkpoint: Path, policy: Policy) -> None:
+    """The heads, by which a policy may act, and their trunk.
+
+    Raises ConfigError for those of another algorithm, TrainingError for a damaged checkpoint.
+    """
+    with _reading(checkpoint):
+        state = load_tree(checkpoint / "resume" / "policy")
+        found = {name: tuple(weights.shape) for name, weights in state["heads"].items()}
+        expected = {name: tuple(weights.shape) for name, weights in policy.extra_state()["heads"].items()}
+        if found != expected:
+            raise ConfigError(
+                f"checkpoint {checkpoint} has the heads {found or 'of no algorithm'}, and the algorithm has "
+                f"{expected or 'none'}; it can be used by the algorithm that it was trained by"
+            )
+        policy.load_extra_state(state)
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
     except RllavaError:
         raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:

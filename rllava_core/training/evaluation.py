@@ -12,9 +12,10 @@ from rllava_core.mdp.environment import Start
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.rewards import score, succeeded
 from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.training.build import Task
 from rllava_core.training.episodes import Episodes
-from rllava_core.training.seeds import HELD_OUT, SWAP, derive
+from rllava_core.training.seeds import CHANCE, HELD_OUT, SWAP, derive
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,30 @@ class Evaluation:
 
 
 def evaluate(
-    task: Task, episodes: Episodes, limit: int | None, seed: int, chunk: int, swap_images: bool = False
+    task: Task,
+    episodes: Episodes,
+    behaviour: Behaviour,
+    limit: int | None,
+    seed: int,
+    chunk: int,
+    swap_images: bool = False,
+    at_random: bool = False,
 ) -> Evaluation:
     """One greedy episode for each held-out example, or for `limit` of them (or of seeds), `chunk` at a time.
 
+    behaviour: the algorithm's: how what it has trained acts. Its epsilon is taken as 0.
     swap_images: every question is asked with the images of another example, which shows whether images are seen.
+    at_random: every choice is drawn, each as likely as the others: the level of chance, whatever was trained.
     """
     starts = held_out(task, limit, seed)
     if swap_images:
         starts = _swapped(starts, seed)
+    behaviour = Behaviour(epsilon=1.0) if at_random else replace(behaviour, epsilon=0.0)
     trajectories: list[Trajectory] = []
     policy_seconds = environment_seconds = 0.0
     for begin in range(0, len(starts), chunk):
-        played = episodes.play(starts[begin : begin + chunk], group_size=1, seed=None)
+        draws = derive(seed, CHANCE, begin) if at_random else None
+        played = episodes.play(starts[begin : begin + chunk], 1, draws, behaviour)
         trajectories += [replace(trajectory, group=begin + trajectory.group) for trajectory in played]
         policy_seconds += sum(episodes.timing.policy)
         environment_seconds += sum(episodes.timing.environment)

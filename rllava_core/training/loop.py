@@ -266,6 +266,7 @@ class _Run:
             result = evaluate(
                 self.parts.task,
                 self.episodes,
+                self.parts.algorithm.behaviour(),
                 training.eval_episodes,
                 training.seed,
                 training.prompts_per_step * self.parts.algorithm.group_size,

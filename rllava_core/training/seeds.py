@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 
 # First words of the derivation, so that streams of different purpose never coincide.
-WEIGHTS, DATA, EPISODES, SAMPLING, GLOBAL, HELD_OUT, SWAP = range(7)
+WEIGHTS, DATA, EPISODES, SAMPLING, GLOBAL, HELD_OUT, SWAP, CHANCE = range(8)
 
 
 def derive(seed: int, *path: int) -> int:

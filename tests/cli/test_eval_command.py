@@ -106,6 +106,24 @@ def test_swapped_images_are_said_to_be_swapped(run_rllava: Run, trained: Path) -
     assert not (trained / "eval" / "answers.jsonl").exists()
 
 
+def test_chance_is_measured_beside_what_was_trained(run_rllava: Run, trained: Path) -> None:
+    result = run_rllava("eval", "run", "--random", "--save-episodes")
+
+    assert result.exit_code == 0
+    assert "6 held-out episodes, at random" in result.stdout
+    assert (trained / "eval" / "answers-random.jsonl").is_file()
+    assert not (trained / "eval" / "answers.jsonl").exists()
+    assert len(list((trained / "eval" / "episodes-random").iterdir())) == 6
+
+
+def test_chance_needs_choices(run_rllava: Run, trained: Path) -> None:
+    result = run_rllava("eval", "run", "--random", "task.choices=", "task.max_new_tokens=4")
+
+    assert result.exit_code == 2
+    assert "asks for free text" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_an_evaluation_changes_nothing_of_the_run(run_rllava: Run, trained: Path) -> None:
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 

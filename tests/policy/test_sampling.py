@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Generator
 
-from rllava_core.errors import ModelError, TrainingError
+from rllava_core.errors import ConfigError, ModelError, TrainingError
 from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
@@ -452,9 +452,7 @@ def test_other_numbers_of_choices_are_explored_each_by_its_own(toy: Any) -> None
 @pytest.mark.parametrize("behaviour", [Behaviour(q), Behaviour(epsilon=0.1)])
 def test_free_text_has_no_values_and_is_not_explored(toy: Any, behaviour: Behaviour) -> None:
     policy = toy.policy(heads={"q": Head(3)})
-    with pytest.raises(
-        TrainingError, match=r"^train\.jsonl:12: the algorithm acts by the values .* asks for free text"
-    ):
+    with pytest.raises(ConfigError, match=r"^train\.jsonl:12: the environment asks for free text, .* no choices"):
         Sampler(policy, MediaStore(policy.adapter)).sample(
             [ask(toy.context("?"), name="train.jsonl:12")], Generator(), behaviour
         )

@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from rllava_core.cli import rllava
+from rllava_core.training.storage import load_tree, save_tree
 
 LAKE: dict[str, Any] = {
     "model": {"adapter": "toy", "from_scratch": "tiny"},
@@ -75,7 +76,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(algorithm: str, history:
     assert resumed.exit_code == 0, resumed.output
     assert metrics(cut) == metrics(whole)
     assert len(metrics(whole)) == 5
-    for name in ("model.safetensors", "resume/state.safetensors", "resume/state.json"):
+    for name in ("model.safetensors", "resume/policy.safetensors", "resume/state.safetensors", "resume/state.json"):
         ours, theirs = (directory / "checkpoints" / "step-000004" / name for directory in (cut, whole))
         assert ours.read_bytes() == theirs.read_bytes(), name
 
@@ -97,6 +98,35 @@ def test_an_evaluation_reports_turns_and_draws_every_episode(tmp_path: Path) -> 
         with PIL.Image.open(strip) as picture:
             assert picture.width >= 176 * min(8, answer["turns"] + 1)
         assert len(answer["actions"]) == answer["turns"]
+
+
+@pytest.mark.parametrize("best", range(4))
+def test_a_run_of_dqn_is_evaluated_by_the_values_it_has_learnt(best: int, tmp_path: Path) -> None:
+    """With a bias that outweighs all else written into its checkpoint, one action is the best everywhere."""
+    config = write(tmp_path, algorithm=ALGORITHMS["dqn"], training={**LAKE["training"], "steps": 1})
+    directory = tmp_path / "run"
+    assert run("train", config, "--run-dir", directory).exit_code == 0
+    policy = directory / "checkpoints" / "step-000001" / "resume" / "policy"
+    state = load_tree(policy)
+    state["heads"]["q.bias"][best] += 1000.0
+    save_tree(state, policy)
+
+    done = run("eval", directory)
+
+    assert done.exit_code == 0, done.output
+    lines = (directory / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {action for line in lines for action in json.loads(line)["actions"]} == {"LDRU"[best]}
+
+
+def test_heads_of_another_algorithm_are_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    assert run("train", write(tmp_path), "training.steps=1", "--run-dir", directory).exit_code == 0
+
+    done = run("eval", directory, "algorithm={name: dqn}")
+
+    assert done.exit_code == 2
+    assert "the heads of no algorithm" in " ".join(done.output.split())
+    assert "'q.weight': (4, " in done.output
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from rllava_core.errors import TrainingError
+from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.environment import Start
 from rllava_core.policy.policy import Policy
 from rllava_core.training import checkpoint
@@ -85,6 +85,8 @@ def test_a_checkpoint_is_one_that_transformers_reads_and_holds_no_pickle(build_t
     assert files == [
         "config.json",
         "model.safetensors",
+        "resume/policy.json",
+        "resume/policy.safetensors",
         "resume/progress.json",
         "resume/state.json",
         "resume/state.safetensors",
@@ -238,8 +240,8 @@ def test_a_disk_that_is_really_full(build_toy: Build, small_disk: Path) -> None:
     assert same(everything(fresh), everything(parts))
 
 
-def test_a_checkpoint_of_another_model_is_refused(build_toy: Build, folder: Path) -> None:
+def test_a_checkpoint_with_heads_of_another_algorithm_is_refused(build_toy: Build, folder: Path) -> None:
     path = save(folder, build_toy(*CRITIC), Progress(step=1))
 
-    with pytest.raises(TrainingError, match=r"step-000001 cannot be resumed from \(.*; remove it to resume"):
+    with pytest.raises(ConfigError, match=r"step-000001 has the heads {'value\.weight': .* the algorithm has none"):
         restore(path, build_toy())

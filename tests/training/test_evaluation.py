@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from rllava_core.errors import ConfigError, DataError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Action, Message, Observation, Transition
 from rllava_core.mdp.pool import LocalEnvironments
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.training.build import Parts, Task
 from rllava_core.training.episodes import Episodes
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
@@ -23,7 +25,7 @@ Build = Callable[..., Parts]
 
 
 def run(parts: Parts, *, limit: int | None = None, seed: int = 0, chunk: int = 32, **options: Any) -> Evaluation:
-    return evaluate(parts.task, parts.episodes, limit, seed, chunk, **options)
+    return evaluate(parts.task, parts.episodes, options.pop("behaviour", Behaviour()), limit, seed, chunk, **options)
 
 
 def names(evaluation: Evaluation) -> list[str]:
@@ -107,7 +109,7 @@ def test_episodes_of_several_turns_are_counted_and_timed(build_toy: Build) -> No
     pool = LocalEnvironments(Asking)
     player = Episodes(parts.adapter, parts.media, parts.sampler, pool, parts.task.limits)
 
-    result = evaluate(parts.task, player, 8, 0, chunk=3)
+    result = evaluate(parts.task, player, Behaviour(), 8, 0, chunk=3)
 
     turns = [4 if item.seed % 2 else 2 for item in result.trajectories]
     assert [len(item.turns) for item in result.trajectories] == turns
@@ -195,3 +197,30 @@ def test_examples_swap_with_those_that_have_as_many_images(build_toy: Build) -> 
 def test_an_environment_without_examples_cannot_be_swapped(build_toy: Build) -> None:
     with pytest.raises(DataError, match="two or more held-out examples"):
         run(build_toy(*ENVIRONMENT), limit=3, swap_images=True)
+
+
+def last_choice(heads: Mapping[str, Tensor]) -> Tensor:
+    """Values of three choices, the last of which is the best."""
+    return heads["value"].new_tensor([0.0, 0.0, 1.0]).expand(len(heads["value"]), 3)
+
+
+def test_what_was_trained_acts_as_its_algorithm_says_without_exploring(build_toy: Build) -> None:
+    result = run(build_toy("algorithm=toy_critic"), behaviour=Behaviour(last_choice, epsilon=1.0))
+
+    assert [action.choice for item in result.trajectories for action in item.actions] == [2] * 6
+
+
+def test_the_level_of_chance_is_drawn_whatever_was_trained(build_toy: Build) -> None:
+    """By hand: of 3 choices each has log-prob -log 3; 60 draws miss one of them with probability 8e-11."""
+    parts = build_toy("algorithm=toy_critic")
+    results = [run(parts, behaviour=Behaviour(last_choice), seed=seed, at_random=True) for seed in (*range(10), 0)]
+
+    actions = [[action for item in result.trajectories for action in item.actions] for result in results]
+    assert {action.choice for drawn in actions for action in drawn} == {0, 1, 2}
+    np.testing.assert_allclose([action.logprobs[0] for action in actions[0]], -np.log(3), rtol=1e-6)
+    assert [action.choice for action in actions[0]] == [action.choice for action in actions[10]]
+
+
+def test_free_text_is_not_drawn_at_random(build_toy: Build) -> None:
+    with pytest.raises(ConfigError, match=r"free text, and there is no acting at random"):
+        run(build_toy("task.choices="), at_random=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from rllava_core.algorithms.protocol import PolicyAccess
 from rllava_core.errors import ConfigError, DataError, InvariantError, RewardError, TrainingError
@@ -25,7 +26,7 @@ from rllava_core.training.build import Task
 from rllava_core.training.episodes import Episodes, Limits
 from rllava_core.training.evaluation import Evaluation
 from rllava_core.training.metrics import describe
-from rllava_toy.algorithm import ToyGradient
+from rllava_toy.algorithm import ToyCritic, ToyGradient
 
 Run = Callable[..., dict[str, Any]]
 
@@ -407,6 +408,19 @@ def test_a_step_is_described_by_what_its_trajectories_are() -> None:
 
 # What an algorithm may do between the steps.
 
+
+def test_evaluations_act_as_the_algorithm_says(run_toy: Run, watcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def last_choice(heads: Mapping[str, Tensor]) -> Tensor:
+        return heads["value"].new_tensor([0.0, 0.0, 1.0]).expand(len(heads["value"]), 3)
+
+    monkeypatch.setattr(ToyCritic, "behaviour", lambda self: Behaviour(last_choice))
+    run_toy("algorithm=toy_critic", "training.steps=1")
+
+    for evaluation in watcher.evaluations.values():
+        assert {action.choice for item in evaluation.trajectories for action in item.actions} == {2}
+    assert set(watcher.evaluations) == {0, 1}
+
+
 Prepare = Callable[[ToyGradient, Sequence[Trajectory], PolicyAccess], Any]
 
 
@@ -556,8 +570,8 @@ def test_a_policy_that_explores_is_not_compared_with_what_it_says(
     run_toy("training.steps=2", "training.eval_every=0", "training.max_logprob_gap=1.0e-6")
 
     assert not [line for line in metrics(tmp_path) if "policy/logprob_gap" in line]
-    # Evaluations are greedy, and by the policy itself.
-    assert asked == [None, exploring, exploring, None]
+    # Evaluations do not explore.
+    assert asked == [Behaviour(), exploring, exploring, Behaviour()]
 
 
 # Environments in workers, which may fail.

@@ -22,6 +22,8 @@ KINDS = {
 }
 """What a run may keep from step to step: the algorithm's own state, heads, a reference, nothing but weights."""
 
+_STATE = ("policy.json", "policy.safetensors", "state.json", "state.safetensors")
+
 
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
@@ -41,7 +43,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "metrics": metrics(run),
         "checkpoints": checkpoints,
         "weights": (last / "model.safetensors").read_bytes(),
-        "state": [(last / "resume" / name).read_bytes() for name in ("state.json", "state.safetensors")],
+        "state": [(last / "resume" / name).read_bytes() for name in _STATE],
     }
 
 
