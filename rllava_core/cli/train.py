@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -28,13 +29,14 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 
     from rllava_core.cli.display import Display, quiet_libraries
     from rllava_core.training.loop import train as run
-    from rllava_core.training.run_directory import RunDirectory, next_run_directory
+    from rllava_core.training.run_directory import RunDirectory, numbered_run_directory
 
     quiet_libraries()
-    directory = RunDirectory(run_dir or next_run_directory(RUNS, config.stem, resume=resume))
-    command = shlex.join(["rllava", "train", str(config), *overrides, "--run-dir", str(directory.path), "--resume"])
-    with Display(resume_command=command) as display:
-        summary = run(resolved, registry, directory, display, resume=resume)
+    chosen = nullcontext(run_dir) if run_dir else numbered_run_directory(RUNS, config.stem, resume=resume)
+    with chosen as path:
+        command = shlex.join(["rllava", "train", str(config), *overrides, "--run-dir", str(path), "--resume"])
+        with Display(resume_command=command) as display:
+            summary = run(resolved, registry, RunDirectory(path), display, resume=resume)
     display.finished(summary)
     if summary["status"] == "interrupted":
         from rllava_core.cli import INTERRUPTED

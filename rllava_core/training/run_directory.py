@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -133,14 +137,42 @@ class RunDirectory:
             )
 
 
-def next_run_directory(root: Path, stem: str, *, resume: bool) -> Path:
-    """`root/stem-001`, `-002`, …: the first that is free, or with `resume` the last that exists."""
-    number = 1
-    while (root / f"{stem}-{number:03d}").exists():
-        number += 1
-    if resume and number > 1:
-        number -= 1
-    return root / f"{stem}-{number:03d}"
+@contextmanager
+def numbered_run_directory(root: Path, stem: str, *, resume: bool) -> Iterator[Path]:
+    """`root/stem-001`, `-002`, …: the first that is free, or with `resume` the last that holds a run.
+
+    It is made at once, so that runs which begin at the same moment never share one, and removed if it is left empty.
+    """
+    with writing(f"run directory in {root}"):
+        path = (_last_run(root, stem) if resume else None) or _claimed(root, stem)
+    try:
+        yield path
+    finally:
+        for empty in (path, root):
+            with suppress(OSError):  # it is not
+                empty.rmdir()
+
+
+def _last_run(root: Path, stem: str) -> Path | None:
+    runs = {}
+    for path in root.glob(f"{glob.escape(stem)}-*"):
+        number = path.name.removeprefix(f"{stem}-")
+        if re.fullmatch(r"\d{3,}", number) and RunDirectory(path).config.exists():
+            runs[int(number)] = path
+    return runs[max(runs)] if runs else None
+
+
+def _claimed(root: Path, stem: str) -> Path:
+    for number in itertools.count(1):
+        path = root / f"{stem}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            if path.exists():
+                continue
+            raise  # root is a file
+        return path
+    raise AssertionError("unreachable")
 
 
 def _differences(before: Any, now: Any, key: str) -> list[str]:

@@ -14,7 +14,7 @@ import yaml
 from rllava_core.config import RunConfig, load
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.plugins import load_plugins
-from rllava_core.training.run_directory import RunDirectory, next_run_directory
+from rllava_core.training.run_directory import RunDirectory, numbered_run_directory
 
 Configure = Callable[..., RunConfig]
 
@@ -189,12 +189,49 @@ def test_the_manifest_says_of_which_commit_the_code_is(
     assert [state["changed"] for state in states] == [False, True]
 
 
-def test_runs_are_numbered_and_the_newest_is_resumed(tmp_path: Path) -> None:
-    assert next_run_directory(tmp_path / "runs", "digits", resume=False) == tmp_path / "runs" / "digits-001"
-    assert next_run_directory(tmp_path / "runs", "digits", resume=True) == tmp_path / "runs" / "digits-001"
-    for number in (1, 2):
-        (tmp_path / "runs" / f"digits-{number:03d}").mkdir(parents=True)
-    (tmp_path / "runs" / "other-007").mkdir()
+def numbered(root: Path, *, resume: bool = False, begin: bool = True) -> str:
+    """The name of the directory that a run of digits.yaml gets."""
+    with numbered_run_directory(root, "digits", resume=resume) as path:
+        assert path.is_dir()
+        assert path.parent == root
+        if begin:
+            RunDirectory(path).config.write_text("", encoding="utf-8")
+    return path.name
 
-    assert next_run_directory(tmp_path / "runs", "digits", resume=False) == tmp_path / "runs" / "digits-003"
-    assert next_run_directory(tmp_path / "runs", "digits", resume=True) == tmp_path / "runs" / "digits-002"
+
+def test_runs_are_numbered_and_the_newest_is_resumed(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    assert [numbered(root), numbered(root), numbered(root)] == ["digits-001", "digits-002", "digits-003"]
+    (root / "digits-007").mkdir()
+    (root / "digits-old").mkdir()
+    (root / "other-009").mkdir()
+
+    assert numbered(root, resume=True) == "digits-003"
+    assert numbered(root) == "digits-004"
+
+
+def test_with_nothing_to_resume_the_first_run_begins(tmp_path: Path) -> None:
+    assert numbered(tmp_path / "runs", resume=True) == "digits-001"
+
+
+def test_runs_that_begin_at_the_same_time_have_directories_of_their_own(tmp_path: Path) -> None:
+    with (
+        numbered_run_directory(tmp_path, "digits", resume=False) as first,
+        numbered_run_directory(tmp_path, "digits", resume=False) as second,
+    ):
+        assert (first.name, second.name) == ("digits-001", "digits-002")
+
+
+def test_a_run_that_never_began_leaves_no_directory(tmp_path: Path) -> None:
+    numbered(tmp_path / "runs", begin=False)
+    assert not (tmp_path / "runs").exists()
+
+    numbered(tmp_path / "runs")
+    numbered(tmp_path / "runs", begin=False)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-001"]
+
+
+def test_a_file_in_the_place_of_all_runs_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("", encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"^run directory in .*runs could not be written: "):
+        numbered(tmp_path / "runs")
