@@ -191,3 +191,40 @@ def test_values_of_choices_need_choices(tmp_path: Path) -> None:
     done = run("train", config, "--run-dir", tmp_path / "run")
     assert done.exit_code == 2, done.output
     assert "values each of the choices" in " ".join(done.output.split())
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+QUICK = ("training.steps=1", "training.prompts_per_step=2", "training.eval_episodes=2", "task.max_turns=3")
+PPO_ON_THE_LAKE = "algorithm={name: ppo, gamma: 0.95, group_size: 3, epochs: 3, entropy_coefficient: 0.03}"
+
+
+@pytest.mark.parametrize(
+    ("example", "overrides"),
+    [
+        ("minigrid_ppo", ()),
+        ("frozenlake_dqn", ("algorithm.warmup_turns=2", "algorithm.batch_size=4")),
+        ("frozenlake_dqn", (PPO_ON_THE_LAKE,)),
+        ("frozenlake_dqn", ("algorithm={name: grpo, group_size: 4}",)),
+        ("zoom", ()),
+        ("zoom", ("task.environment.zoom_limit=0",)),
+    ],
+)
+def test_the_examples_of_agents_run_as_the_readme_says(
+    example: str, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One step of each, with the real adapter; what they learn is measured by hand."""
+    for name in ("rllava_qwen2vl", "rllava_vqa", "minigrid", "sklearn"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    done = run("train", EXAMPLES / f"{example}.yaml", *QUICK, *overrides, "--run-dir", tmp_path / "run")
+
+    assert done.exit_code == 0, done.output
+    step = metrics(tmp_path / "run")[1]
+    assert step["policy/updates"] >= 1
+    assert step["policy/grad_norm"] > 0 or step["reward/std"] == 0
+    if overrides == ("task.environment.zoom_limit=0",):
+        assert step["rollout/turns"] == 1
+
+
+def test_no_example_of_an_agent_is_left_out_above() -> None:
+    agents = {path.stem for path in EXAMPLES.glob("*.yaml") if "environment:" in path.read_text(encoding="utf-8")}
+    assert agents == {"minigrid_ppo", "frozenlake_dqn", "zoom"}

@@ -45,9 +45,15 @@ CHAT_TEMPLATE = (
 
 MIN_PIXELS, MAX_PIXELS = 32 * 32, 64 * 64
 
-INITIALIZER_RANGE = 0.1
-"""About 1/√hidden. The 0.02 of large models makes a network of width 64 almost linear: trained on the digits with
-their answers for 200 steps, it read 0.70 of the held-out ones, against 0.93 with this."""
+INITIALIZER_RANGE = 0.15
+"""The 0.02 of large models makes a network of width 64 almost linear, with attention spread so evenly that an image is
+the mean of its tokens, and where something is makes no difference. From about 1/√hidden on places are told apart the
+sooner the larger it is, and digits are read the worse: 0.15 is between."""
+
+ROPE_THETA = 10.0
+"""M-RoPE gives height and width the slow part of the frequencies. From a base of 10,000 the fastest of them turns by
+0.1 from row to row and by 0.003 from column to column, so that a grid of 4×4 tokens is as good as one point; from 10
+it turns by 0.56 and 0.24."""
 
 
 def tiny_processor() -> Qwen2VLProcessor:
@@ -80,7 +86,7 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
             "num_key_value_heads": 2,
             "max_position_embeddings": 2048,
             "initializer_range": INITIALIZER_RANGE,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 3, 3]},
             **special,
         },
         vision_config={
