@@ -55,16 +55,28 @@ def test_reward_functions_are_earned_by_the_last_turn() -> None:
     assert found == [-0.5, 0.0, 0.5, 0.0]
 
 
+def test_with_a_discount_the_sooner_reward_is_the_better() -> None:
+    """By hand, with 0.5: both earn 1, in turn 2 and in turn 3: returns 0.5 and 0.25."""
+    episodes: list[Episode] = [(0, [0.0, 1.0]), (0, [0.0, 0.0, 1.0])]
+    assert advantages(episodes, scale="none") == [0.0, 0.0]
+    assert advantages(episodes, scale="none", gamma=0.5) == [0.125, -0.125]
+    assert advantages(episodes, scale="none", gamma=0.5, credit="turn") == [0.125, 0.25, -0.125, -0.25, 0.0]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.3])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("seed", range(5))
-def test_turns_equal_a_loop_in_float64(scale: str, seed: int) -> None:
+def test_turns_equal_a_loop_in_float64(scale: str, seed: int, gamma: float) -> None:
     generator = random.Random(seed)
     episodes = [
         (group, [round(generator.uniform(-2, 2), 3) for _ in range(generator.randint(1, 5))])
         for group in range(3)
         for _ in range(generator.randint(2, 5))
     ]
-    to_go = [[math.fsum(rewards[turn:]) for turn in range(len(rewards))] for _, rewards in episodes]
+    to_go = [
+        [math.fsum(gamma**k * reward for k, reward in enumerate(rewards[turn:])) for turn in range(len(rewards))]
+        for _, rewards in episodes
+    ]
     centred: list[float] = []
     deviations: list[float] = []
     for (group, rewards), own in zip(episodes, to_go, strict=True):
@@ -86,7 +98,8 @@ def test_turns_equal_a_loop_in_float64(scale: str, seed: int) -> None:
         expected = [value / (whole + 1e-4) for value in centred]
     else:
         expected = centred
-    assert advantages(episodes, scale=scale, credit="turn") == pytest.approx(expected, abs=1e-5)
+    found = advantages(episodes, scale=scale, credit="turn", gamma=gamma)
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_decision_of_a_turn_has_its_advantage() -> None:

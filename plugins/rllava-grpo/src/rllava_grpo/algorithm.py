@@ -23,9 +23,9 @@ class GRPO(PolicyGradient):
 
     def advantages(self, rollouts: Rollouts) -> Tensor:
         """[N] of trajectories, or [T] of turns where `credit` is `turn`."""
-        returns, group = rollouts.returns, rollouts.group
-        if self.config.credit == "turn":
-            returns, group = rewards_to_go(rollouts), turn_groups(rollouts)
+        returns, group = rewards_to_go(rollouts, self.config.gamma), turn_groups(rollouts)
+        if self.config.credit == "episode":
+            returns, group = returns[rollouts.turns.cumsum(0) - rollouts.turns], rollouts.group
         centred = returns - group_mean(returns, group)
         if self.config.scale == "group":
             return centred / (group_std(returns, group) + self.config.epsilon)
@@ -49,10 +49,14 @@ class GRPO(PolicyGradient):
         }
 
 
-def rewards_to_go(rollouts: Rollouts) -> Tensor:
-    """[T] undiscounted sum of the rewards of each turn and of all later ones of its episode."""
-    episodes = rollouts.turn_rewards.split(rollouts.turns.tolist())
-    return torch.cat([rewards.flip(0).cumsum(0).flip(0) for rewards in episodes])
+def rewards_to_go(rollouts: Rollouts, gamma: float) -> Tensor:
+    """[T] the rewards of each turn and of all later ones k of its episode: Σ_k gamma^(k − t) r_k."""
+    found = rollouts.turn_rewards.clone()
+    last = set((rollouts.turns.cumsum(0) - 1).tolist())
+    for turn in reversed(range(len(found))):
+        if turn not in last:
+            found[turn] += gamma * found[turn + 1]
+    return found
 
 
 def turn_groups(rollouts: Rollouts) -> Tensor:

@@ -24,6 +24,12 @@ class GRPOConfig(PolicyGradientConfig):
         description="what an action of an episode of several turns is judged by: episode: the return of the whole "
         "episode; turn: the rewards from its turn on, compared with those of the group from the same turn on",
     )
+    gamma: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="discount of a turn; below 1, an episode that earns its reward sooner is better",
+    )
     epsilon: float = Field(default=1e-4, gt=0, description="added to the standard deviation")
 
     @field_validator("group_size")
