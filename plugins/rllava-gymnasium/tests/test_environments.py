@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -234,3 +235,18 @@ def test_it_needs_no_display_and_prints_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr == ""
+
+
+def test_a_process_that_has_rendered_can_be_killed() -> None:
+    """SDL, which draws FrozenLake, would otherwise take SIGTERM for itself."""
+    code = (
+        "import os, signal, time; os.environ.pop('SDL_NO_SIGNAL_HANDLERS', None)\n"
+        "from rllava_core.config import TaskSection\n"
+        "from rllava_gymnasium.config import GymnasiumConfig\n"
+        "from rllava_gymnasium.environment import Gymnasium\n"
+        "Gymnasium(GymnasiumConfig(id='FrozenLake-v1'), TaskSection()).reset(seed=0, example=None)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGTERM

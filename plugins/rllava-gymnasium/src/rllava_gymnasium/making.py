@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Frames are rendered, never shown: without these, pygame looks for a display, which servers lack, and greets on
-# standard output. Whoever has set them keeps them.
+# Frames are rendered, never shown: without these, pygame looks for a display, which servers lack, greets on standard
+# output, and swallows SIGTERM, so that `kill` would not end a run. Whoever has set them keeps them.
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import gymnasium
