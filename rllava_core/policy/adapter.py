@@ -79,12 +79,17 @@ class ModelAdapter(Protocol):
         model: PreTrainedModel,
         *,
         tokens: Tensor,  # [N, T]
-        attention_mask: Tensor,  # [N, S + T], S tokens in the cache
+        attention_mask: Tensor,  # [N, S + T], S tokens in the cache; or [N, 1, T, S + T]
         positions: Tensor,  # [axes, N, T]
         media: Mapping[str, Tensor],
         cache: Cache,
     ) -> Tensor:
-        """[N, T, H] last hidden states (after the final norm); appends to `cache`. Differentiable."""
+        """[N, T, H] last hidden states (after the final norm); appends to `cache`. Differentiable.
+
+        The mask says which tokens there are, 1 or 0, of which each sees those before it; or it is to be added to the
+        scores of the attention as it is, 0 or the lowest number, because a row is a tree of continuations that do not
+        see each other. transformers' models take both.
+        """
         ...
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:

@@ -1,10 +1,11 @@
 """Batches of a policy: contexts in, decisions out, and nothing computed twice.
 
 What a batch holds, and why. Many trajectories share their beginning (a group shares its prompt with its images), and
-many decisions share their state. So a batch is a set of distinct *prefixes*, a set of distinct *branches* that
-continue a prefix, *twigs* that continue a branch somewhere in its middle, and *reads*: distinct positions whose hidden
-state is used. The policy runs each prefix once, then all branches on top of the prefixes' key-value cache, then all
-twigs on top of the branches', and gradients flow through the caches. Every decision points at a read.
+many decisions share their state. So a batch is a set of distinct *prefixes*, a set of *trees* that continue a prefix,
+and *reads*: distinct positions whose hidden state is used. A tree is a row of distinct *branches*, each of which
+continues the prefix or another branch somewhere in its middle; a token of it sees the prefix and the branches that it
+goes on from, and not what grows beside it. The policy runs each prefix once, then all trees on top of the prefixes'
+key-value cache, and gradients flow through the cache. Every decision points at a read.
 
 - A text decision is one token: its log-prob under the state that it was sampled in.
 - A choice is one decision: the scores of all choices (sums of their tokens' log-probs), normalised over the choices.
@@ -14,7 +15,7 @@ twigs on top of the branches', and gradients flow through the caches. Every deci
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """P prefixes, B branches, W twigs, R reads, K scored tokens, U states with choices, D decisions.
+    """P prefixes, B trees, R reads, K scored tokens, U states with choices, D decisions.
 
     Padded on the right. Index tensors use -1 for padding.
     """
@@ -43,17 +44,13 @@ class PolicyBatch:
     prefix_positions: Tensor  # [axes, P, S]
     prefix_media: dict[str, Tensor]
     next_position: Tensor  # [P], where a continuation of each prefix starts
-    branch_prefix: Tensor  # [B], which prefix each branch continues
-    branch_tokens: Tensor  # [B, T]
-    branch_mask: Tensor  # [B, T]
-    branch_positions: Tensor  # [axes, B, T]
-    branch_media: dict[str, Tensor]
-    twig_branch: Tensor  # [W], which branch each twig continues
-    twig_offset: Tensor  # [W], how many tokens of the branch come before it
-    twig_tokens: Tensor  # [W, L]
-    twig_mask: Tensor  # [W, L]
-    twig_positions: Tensor  # [axes, W, L]
-    read_from: Tensor  # [R], into the last state of each prefix, all of each branch, all of each twig: [P + B·T + W·L]
+    tree_prefix: Tensor  # [B], which prefix each tree continues
+    tree_tokens: Tensor  # [B, T]
+    tree_mask: Tensor  # [B, T]
+    tree_sees: Tensor | None  # [B, T, T] bool, which tokens of its tree a token sees; None: all up to itself, in all
+    tree_positions: Tensor  # [axes, B, T]
+    tree_media: dict[str, Tensor]
+    read_from: Tensor  # [R], into the last state of each prefix, then all of each tree: [P + B·T]
     scored_read: Tensor  # [K], ascending, into reads
     scored_token: Tensor  # [K]
     choice_tokens: Tensor  # [U, C, M], into scored tokens
@@ -68,7 +65,7 @@ class PolicyBatch:
         def moved(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.to(device, non_blocking=True)
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
+            return value and {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
 
         return replace(self, **{field.name: moved(getattr(self, field.name)) for field in fields(self)})
 
@@ -80,8 +77,7 @@ class BatchBuilder:
         self._adapter = adapter
         self._media = media
         self._prefixes = _Numbered[tuple[int, _Piece]]()  # (row of the memory or -1, what follows)
-        self._branches = _Numbered[tuple[int, _Piece]]()  # (prefix, what follows)
-        self._twigs = _Numbered[tuple[int, int, _Piece]]()  # (branch, offset in it, what follows)
+        self._branches = _Numbered[_Branch]()
         self._reads = _Numbered[_Place]()
         self._scored = _Numbered[tuple[int, int]]()  # (read, token)
         self._states = _Numbered[tuple[int, tuple[tuple[int, ...], ...]]]()  # (read, scored tokens of each choice)
@@ -114,12 +110,12 @@ class BatchBuilder:
     def build(self) -> PolicyBatch:
         """Everything that was added, padded."""
         prefixes = [piece for _, piece in self._prefixes]
-        branches = [piece for _, piece in self._branches]
-        twigs = [piece for _, _, piece in self._twigs]
-        prefix_tokens, prefix_mask, prefix_positions = self._pad(prefixes)
-        branch_tokens, branch_mask, branch_positions = self._pad(branches)
-        twig_tokens, twig_mask, twig_positions = self._pad(twigs)
-        shape = _Shape(len(prefixes), branch_tokens.shape[0], branch_tokens.shape[1], twig_tokens.shape[1])
+        prefix_tokens, prefix_mask, prefix_positions = self._pad([[piece] for piece in prefixes])
+        trees = self._trees()
+        pieces = [[self._branches[number].piece for number in tree] for tree in trees]
+        tree_tokens, tree_mask, tree_positions = self._pad(pieces)
+        width = tree_tokens.shape[1]
+        starts = self._starts(trees, width)
         # The language head goes through the reads in order, so scored tokens are sorted by their read.
         scored = sorted(range(len(self._scored)), key=lambda number: self._scored[number][0])
         rank = {number: position for position, number in enumerate(scored)}
@@ -139,17 +135,16 @@ class BatchBuilder:
             prefix_positions=prefix_positions,
             prefix_media=self._collate(prefixes),
             next_position=_integers(piece.next_position for piece in prefixes),
-            branch_prefix=_integers(prefix for prefix, _ in self._branches),
-            branch_tokens=branch_tokens,
-            branch_mask=branch_mask,
-            branch_positions=branch_positions,
-            branch_media=self._collate(branches),
-            twig_branch=_integers(branch for branch, _, _ in self._twigs),
-            twig_offset=_integers(offset for _, offset, _ in self._twigs),
-            twig_tokens=twig_tokens,
-            twig_mask=twig_mask,
-            twig_positions=twig_positions,
-            read_from=_integers(place.index(shape) for place in self._reads),
+            tree_prefix=_integers(self._branches[tree[0]].prefix for tree in trees),
+            tree_tokens=tree_tokens,
+            tree_mask=tree_mask,
+            tree_sees=self._sees(trees, starts, width),
+            tree_positions=tree_positions,
+            tree_media=self._collate([piece for tree in pieces for piece in tree]),
+            read_from=_integers(
+                place.prefix if place.branch is None else len(prefixes) + starts[place.branch] + place.offset - 1
+                for place in self._reads
+            ),
             scored_read=_integers(self._scored[number][0] for number in scored),
             scored_token=_integers(self._scored[number][1] for number in scored),
             choice_tokens=choice_tokens,
@@ -166,6 +161,60 @@ class BatchBuilder:
                 for decision in self._decisions
             ),
         )
+
+    def _trees(self) -> list[list[int]]:
+        """Branches, by number, in rows: each with what grows from it, and beside others of its prefix.
+
+        A row is as long as its prefix at most, or as the longest that need not be cut. Then its tokens never see much
+        more than they would alone, and the cache of the prefix is seldom copied.
+        """
+        grown: dict[int, list[int]] = {}  # by the branch that continues the prefix
+        roots: list[int] = []
+        for number, branch in enumerate(self._branches):
+            roots.append(number if branch.origin is None else roots[branch.origin])
+            grown.setdefault(roots[number], []).append(number)
+        lengths = {
+            root: sum(len(self._branches[number].piece.tokens) for number in all_) for root, all_ in grown.items()
+        }
+        limits = [piece.start + len(piece.tokens) for _, piece in self._prefixes]
+        for root, length in lengths.items():
+            prefix = self._branches[root].prefix
+            limits[prefix] = max(limits[prefix], length)
+        trees: list[list[int]] = []
+        open_: dict[int, tuple[list[int], int]] = {}  # by prefix: the tree that it fills, and its length
+        for root, all_ in grown.items():
+            prefix = self._branches[root].prefix
+            tree, length = open_.get(prefix, ([], 0))
+            if not tree or length + lengths[root] > limits[prefix]:
+                tree, length = [], 0
+                trees.append(tree)
+            tree += all_
+            open_[prefix] = (tree, length + lengths[root])
+        return trees
+
+    def _starts(self, trees: Sequence[Sequence[int]], width: int) -> dict[int, int]:
+        """Where each branch begins in the flattened [B, T]."""
+        starts = {}
+        for row, tree in enumerate(trees):
+            start = row * width
+            for number in tree:
+                starts[number] = start
+                start += len(self._branches[number].piece.tokens)
+        return starts
+
+    def _sees(self, trees: Sequence[Sequence[int]], starts: Mapping[int, int], width: int) -> Tensor | None:
+        """[B, T, T], or None where no tree has more than one branch."""
+        if all(len(tree) == 1 for tree in trees):
+            return None
+        sees = torch.zeros(len(trees), width, width, dtype=torch.bool)
+        for row, tree in zip(sees, trees, strict=True):
+            for number in tree:
+                branch, start = self._branches[number], starts[number] % width
+                end = start + len(branch.piece.tokens)
+                row[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+                if branch.origin is not None:
+                    row[start:end] |= row[starts[branch.origin] % width + branch.offset - 1]
+        return sees
 
     def _add_stretch(self, stretch: Stretch, name: str) -> None:
         prefix = self.add_context(stretch.begin, name)
@@ -195,8 +244,8 @@ class BatchBuilder:
     ) -> int:
         """The state after `offset` tokens of a branch, or at the end of a prefix (offset 0), and its choices.
 
-        A choice of several tokens is scored along a branch, or twig, of its own; its last token needs no forward pass,
-        so choices of one token cost nothing beyond the state itself.
+        A choice of several tokens is scored along a branch of its own; its last token needs no forward pass, so choices
+        of one token cost nothing beyond the state itself.
         """
         read = self._read(prefix, branch, offset)
         key = (read, tuple(choices))
@@ -207,24 +256,14 @@ class BatchBuilder:
             reads = [read]
             if len(choice) > 1:
                 own = self._extended(_nothing(position), choice[:-1])
-                places = self._offshoot(prefix, branch, offset, own)
-                reads += [self._reads.add(place) for place in places]
+                grown = self._branch(prefix, own, branch if offset else None, offset)
+                reads += [self._read(prefix, grown, step) for step in range(1, len(choice))]
             scored.append(tuple(self._scored.add(pair) for pair in zip(reads, choice, strict=True)))
         state = self._known_states[key] = self._states.add((read, tuple(scored)))
         return state
 
-    def _offshoot(self, prefix: int, branch: int | None, offset: int, piece: _Piece) -> list[_Place]:
-        """The states after each token of a piece that leaves a branch, or the end of a prefix."""
-        steps = range(1, len(piece.tokens) + 1)
-        if offset == 0:
-            own = self._branch(prefix, piece)
-            return [_Place(prefix, own, step) for step in steps]
-        assert branch is not None
-        twig = self._twigs.add((branch, offset, piece))
-        return [_Place(prefix, branch, step, twig) for step in steps]
-
-    def _branch(self, prefix: int, piece: _Piece) -> int | None:
-        return self._branches.add((prefix, piece)) if piece.tokens else None
+    def _branch(self, prefix: int, piece: _Piece, origin: int | None = None, offset: int = 0) -> int | None:
+        return self._branches.add(_Branch(prefix, origin, offset, piece)) if piece.tokens else None
 
     def _read(self, prefix: int, branch: int | None, offset: int) -> int:
         return self._reads.add(_Place(prefix, None, 0) if offset == 0 else _Place(prefix, branch, offset))
@@ -253,21 +292,23 @@ class BatchBuilder:
             piece.digests + tuple((image.digest, end) for image in images),
             piece.features + tuple(features),
             torch.cat([piece.positions, positions], dim=1) if piece.tokens else positions,
+            piece.start,
             int(positions.max()) + 1 if tokens else piece.next_position,
         )
 
-    def _pad(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    def _pad(self, rows: Sequence[Sequence[_Piece]]) -> tuple[Tensor, Tensor, Tensor]:
         """tokens [N, T], mask [N, T], positions [axes, N, T]."""
-        width = max((len(piece.tokens) for piece in pieces), default=0)
+        lengths = [sum(len(piece.tokens) for piece in row) for row in rows]
+        width = max(lengths, default=0)
         axes = self._prefixes[0][1].positions.shape[0]
-        tokens = torch.full((len(pieces), width), self._adapter.pad_token)
-        mask = torch.zeros(len(pieces), width, dtype=torch.long)
-        positions = torch.zeros(axes, len(pieces), width, dtype=torch.long)
-        for number, piece in enumerate(pieces):
-            length = len(piece.tokens)
-            tokens[number, :length] = torch.tensor(piece.tokens)
+        tokens = torch.full((len(rows), width), self._adapter.pad_token)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.zeros(axes, len(rows), width, dtype=torch.long)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[number, :length] = _integers(token for piece in row for token in piece.tokens)
             mask[number, :length] = 1
-            positions[:, number, :length] = piece.positions
+            if row:
+                positions[:, number, :length] = torch.cat([piece.positions for piece in row], dim=1)
         return tokens, mask, positions
 
     def _collate(self, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
@@ -283,6 +324,7 @@ class _Piece:
     digests: tuple[tuple[str, int], ...]  # (content, end of the segment that shows it)
     features: tuple[Features, ...]
     positions: Tensor  # [axes, T]
+    start: int  # position of the first token
     next_position: int
 
     def cut(self, length: int) -> _Piece:
@@ -291,7 +333,8 @@ class _Piece:
             return self
         kept = sum(1 for _, end in self.digests if end <= length)
         positions = self.positions[:, :length]
-        return _Piece(self.tokens[:length], self.digests[:kept], self.features[:kept], positions, self.position(length))
+        end = self.position(length)
+        return _Piece(self.tokens[:length], self.digests[:kept], self.features[:kept], positions, self.start, end)
 
     def position(self, offset: int) -> int:
         """Position of the token at `offset`: on a segment's border or between text tokens, where all axes agree."""
@@ -309,36 +352,26 @@ class _Piece:
 
 
 def _nothing(start: int) -> _Piece:
-    return _Piece((), (), (), torch.zeros(0, 0, dtype=torch.long), start)
+    return _Piece((), (), (), torch.zeros(0, 0, dtype=torch.long), start, start)
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """How many prefixes and branches a batch has, and how wide branches and twigs are padded."""
+class _Branch:
+    """Tokens that continue a prefix, or (with an origin) another branch of it after `offset` of its tokens."""
 
-    prefixes: int
-    branches: int
-    branch_width: int
-    twig_width: int
+    prefix: int
+    origin: int | None
+    offset: int
+    piece: _Piece
 
 
 @dataclass(frozen=True)
 class _Place:
-    """The state after `offset` tokens of a twig, or else of a branch; offset 0 is the end of the prefix itself."""
+    """The state after `offset` tokens of a branch; offset 0 is the end of the prefix itself."""
 
     prefix: int
     branch: int | None
     offset: int
-    twig: int | None = None
-
-    def index(self, shape: _Shape) -> int:
-        """Into the last hidden state of each prefix, then all of each branch, then all of each twig."""
-        if self.twig is not None:
-            first = shape.prefixes + shape.branches * shape.branch_width
-            return first + self.twig * shape.twig_width + self.offset - 1
-        if self.branch is None:
-            return self.prefix
-        return shape.prefixes + self.branch * shape.branch_width + self.offset - 1
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Policy(nn.Module):
         return at_least_float32(self.heads[name](at_least_float32(states)))
 
     def _states(self, model: PreTrainedModel, batch: PolicyBatch) -> Tensor:
-        """[R, H]: every prefix, branch and twig once; then the states that are read."""
+        """[R, H]: every prefix and every tree once; then the states that are read."""
         return self._continue(model, batch, self._prefill(model, batch, None))
 
     def _prefill(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory | None) -> Memory:
@@ -183,32 +183,19 @@ class Policy(nn.Module):
         return Memory(last, cache, mask, batch.next_position)
 
     def _continue(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory) -> Tensor:
-        """[R, H]: branches on top of the prefixes' cache, twigs on top of the branches'."""
+        """[R, H]: trees on top of the prefixes' cache; then the states that are read."""
         states = [memory.last]
-        if batch.branch_prefix.numel():
-            cache = selected(memory.cache, batch.branch_prefix, len(memory.mask))
-            before = memory.mask[batch.branch_prefix]
-            branches = self.adapter.hidden_states(
+        if batch.tree_prefix.numel():
+            before = memory.mask[batch.tree_prefix]
+            trees = self.adapter.hidden_states(
                 model,
-                tokens=batch.branch_tokens,
-                attention_mask=torch.cat([before, batch.branch_mask], dim=1),
-                positions=batch.branch_positions,
-                media=batch.branch_media,
-                cache=cache,
+                tokens=batch.tree_tokens,
+                attention_mask=_tree_mask(batch, before, model.dtype),
+                positions=batch.tree_positions,
+                media=batch.tree_media,
+                cache=selected(memory.cache, batch.tree_prefix, len(memory.mask)),
             )
-            states.append(branches.flatten(0, 1))
-            if batch.twig_branch.numel():
-                columns = torch.arange(batch.branch_mask.shape[1], device=batch.branch_mask.device)
-                reached = (columns < batch.twig_offset[:, None]).to(before.dtype)  # [W, T]
-                twigs = self.adapter.hidden_states(
-                    model,
-                    tokens=batch.twig_tokens,
-                    attention_mask=torch.cat([before[batch.twig_branch], reached, batch.twig_mask], dim=1),
-                    positions=batch.twig_positions,
-                    media={},
-                    cache=selected(cache, batch.twig_branch, len(before)),
-                )
-                states.append(twigs.flatten(0, 1))
+            states.append(trees.flatten(0, 1))
         return torch.cat(states)[batch.read_from]
 
     def _score(self, batch: PolicyBatch, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,6 +211,18 @@ def selected(cache: DynamicCache, rows: Tensor, count: int) -> DynamicCache:
     if not torch.equal(rows, torch.arange(count, device=rows.device)):
         chosen.batch_select_indices(rows)
     return chosen
+
+
+def _tree_mask(batch: PolicyBatch, before: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, S + T], or where trees have several branches [B, 1, T, S + T] to be added to the attention's scores.
+
+    before: [B, S] which entries of the cache are their prefixes'.
+    """
+    if batch.tree_sees is None:
+        return torch.cat([before, batch.tree_mask], dim=1)
+    of_prefix = before.bool()[:, None].expand(-1, batch.tree_sees.shape[1], -1)
+    sees = torch.cat([of_prefix, batch.tree_sees], dim=2)[:, None]
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(~sees, torch.finfo(dtype).min)
 
 
 def _size(name: str, head: Head) -> int:

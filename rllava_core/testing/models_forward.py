@@ -45,6 +45,43 @@ class ForwardChecks(ModelSuite):
             )
 
     @torch.no_grad()
+    def test_continuations_in_one_row_do_not_see_each_other(self) -> None:
+        """Two answers to a prompt, one of which goes on with an image, under a mask that is added to the scores."""
+        adapter, model = self.loaded()
+        prompt = self.piece(adapter, "Is it ", self.picture(0), "?")
+        ways = [Piece(adapter.encode("no")), Piece(adapter.encode("yes, see")) + self._later(adapter)[0]]
+        cache = DynamicCache(config=model.config)
+        before = adapter.positions(prompt.tokens, prompt.features, 0)
+        read = len(prompt.tokens)
+        adapter.hidden_states(
+            model,
+            tokens=torch.tensor([prompt.tokens]),
+            attention_mask=torch.ones(1, read, dtype=torch.long),
+            positions=before[:, None],
+            media=adapter.collate(prompt.features),
+            cache=cache,
+        )
+        start = int(before.max()) + 1
+        blocks = [torch.ones(len(way.tokens), len(way.tokens)).tril() for way in ways]
+        row = ways[0] + ways[1]
+        sees = torch.cat([torch.ones(len(row.tokens), read), torch.block_diag(*blocks)], dim=1).bool()
+        lowest = torch.finfo(model.dtype).min
+        found = adapter.hidden_states(
+            model,
+            tokens=torch.tensor([row.tokens]),
+            attention_mask=torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, lowest)[None, None],
+            positions=torch.cat([adapter.positions(way.tokens, way.features, start) for way in ways], dim=1)[:, None],
+            media=adapter.collate(row.features),
+            cache=cache,
+        )[0]
+        alone = [self.hidden(adapter, model, [[prompt, way]])[0][read:] for way in ways]
+        self.require_close(
+            found,
+            torch.cat(alone),
+            "two continuations in one row, that must not see each other, differ from each alone",
+        )
+
+    @torch.no_grad()
     def test_padding_on_the_right_changes_nothing(self) -> None:
         adapter, model = self.loaded()
         short = [self.piece(adapter, "?"), Piece(adapter.encode("so it is"))]

@@ -145,8 +145,8 @@ def scrambled(batch: PolicyBatch) -> PolicyBatch:
         batch,
         prefix_tokens=fill(batch.prefix_tokens, batch.prefix_mask, 256),
         prefix_positions=fill(batch.prefix_positions, batch.prefix_mask.expand_as(batch.prefix_positions), 90),
-        branch_tokens=fill(batch.branch_tokens, batch.branch_mask, 256),
-        branch_positions=fill(batch.branch_positions, batch.branch_mask.expand_as(batch.branch_positions), 90),
+        tree_tokens=fill(batch.tree_tokens, batch.tree_mask, 256),
+        tree_positions=fill(batch.tree_positions, batch.tree_mask.expand_as(batch.tree_positions), 90),
     )
 
 
@@ -154,7 +154,7 @@ def test_padding_has_no_influence_and_gets_no_gradient(toy: Any, mixed: list[Tra
     policy = toy.policy(heads={"value": Head(1)})
     batch = toy.pack(policy, mixed)
     assert (batch.prefix_mask == 0).any()
-    assert (batch.branch_mask == 0).any()
+    assert (batch.tree_mask == 0).any()
 
     results = []
     for version in (batch, scrambled(batch)):
@@ -179,7 +179,7 @@ def test_the_padding_token_is_never_learnt(toy: Any) -> None:
     ]
     batch = toy.pack(policy, trajectories)
     assert (batch.prefix_tokens == ord("#")).any()
-    assert (batch.branch_tokens == ord("#")).any()
+    assert (batch.tree_tokens == ord("#")).any()
 
     embedding = gradients(policy, policy(batch).logprobs.sum())["model.backbone.embed_tokens.weight"]
 
@@ -273,8 +273,9 @@ def test_a_prompt_is_computed_once_for_its_group_and_a_picture_once_for_its_prom
     policy(toy.pack(policy, trajectories))
 
     width = len(prompt.tokens)
-    # Two prompts with 4 and 2 patches; then four distinct answers, of which the last token is only predicted.
-    assert policy.adapter.runs == [((2, width), 6), ((4, len("green")), 0)]
+    # Two prompts with 4 and 2 patches; then four distinct answers, those of one prompt in one row. The last token of an
+    # answer, its end of turn, is only predicted.
+    assert policy.adapter.runs == [((2, width), 6), ((2, len("red" + "blue" + "green")), 0)]
 
 
 def test_turns_that_see_all_before_them_are_read_once(toy: Any) -> None:
@@ -296,8 +297,8 @@ def test_windows_that_are_equal_are_read_once(toy: Any) -> None:
 
     policy(toy.pack(policy, [one, other]))
 
-    # Three observations, and four distinct pairs of one and an answer.
-    assert policy.adapter.runs == [((3, len(shown[0].tokens)), 12), ((4, 2), 0)]
+    # Three observations, and four distinct pairs of one and an answer, two of them in the row of their observation.
+    assert policy.adapter.runs == [((3, len(shown[0].tokens)), 12), ((3, 4), 0)]
 
 
 def test_choices_of_one_token_cost_nothing_beyond_the_prompt(toy: Any) -> None:
@@ -309,13 +310,24 @@ def test_choices_of_one_token_cost_nothing_beyond_the_prompt(toy: Any) -> None:
     assert policy.adapter.runs == [((1, len(prompt.tokens)), 4)]
 
 
+def test_answers_share_a_row_only_while_it_is_no_longer_than_their_prompt(toy: Any) -> None:
+    policy = toy.policy()
+    prompt = toy.context("Why?")
+    answers = ["r" * len(prompt.tokens), "no", "go", "a" * (len(prompt.tokens) - 3)]
+
+    policy(toy.pack(policy, [toy.episode(prompt, toy.text(answer)) for answer in answers]))
+
+    width = len(prompt.tokens)
+    assert policy.adapter.runs == [((1, width), 0), ((3, width), 0)]
+
+
 def test_a_longer_choice_costs_a_branch_of_all_but_its_last_token(toy: Any) -> None:
     policy = toy.policy()
     prompt = toy.context("Colour?")
 
     policy(toy.pack(policy, [toy.episode(prompt, toy.choice(index, "red", "x", "green")) for index in (0, 1, 0)]))
 
-    assert policy.adapter.runs == [((1, len(prompt.tokens)), 0), ((2, len("gree")), 0)]
+    assert policy.adapter.runs == [((1, len(prompt.tokens)), 0), ((1, len("re" + "gree")), 0)]
 
 
 def test_the_vocabulary_of_the_language_head_is_what_is_scored(toy: Any) -> None:

@@ -53,6 +53,13 @@ class PaddingAttended(Healthy):
         return super().hidden_states(model, attention_mask=torch.ones_like(attention_mask), **inputs)
 
 
+class ContinuationsMixed(Healthy):
+    def hidden_states(self, model: Any, *, attention_mask: Tensor, **inputs: Any) -> Any:
+        if attention_mask.dim() == 4:
+            attention_mask = torch.ones_like(attention_mask[:, 0, -1])
+        return super().hidden_states(model, attention_mask=attention_mask, **inputs)
+
+
 class ImagesSortedBySize(Healthy):
     def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
         return super().collate(sorted(features, key=lambda item: len(item["patches"])))
@@ -216,6 +223,7 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (LastStateMissing, "gave the shape"),
     ],
     "a_sequence_through_the_cache_equals_the_whole": [(PositionsStartAnew, "in pieces through the cache")],
+    "continuations_in_one_row_do_not_see_each_other": [(ContinuationsMixed, "that must not see each other")],
     "padding_on_the_right_changes_nothing": [(PaddingAttended, "padding changes the hidden states")],
     "a_batch_equals_its_sequences_one_by_one": [(ImagesSortedBySize, "of a batch of mixed images differs")],
     "the_order_of_a_batch_changes_nothing": [(PositionsOfTheFirstRow, "a batch in another order")],
