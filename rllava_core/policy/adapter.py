@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import LongTensor, Tensor, nn
 from transformers import Cache, PreTrainedModel
@@ -14,6 +14,9 @@ from rllava_core.mdp.messages import Message
 
 Features = Mapping[str, Tensor]
 """One preprocessed image, on the CPU: what the model's image processor makes of it."""
+
+Part = Literal["vision", "connector", "language"]
+"""What the weights of a model belong to: what sees, what translates that into the language model's space, the rest."""
 
 
 class ModelAdapter(Protocol):
@@ -94,6 +97,10 @@ class ModelAdapter(Protocol):
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
         """The module that maps hidden states to logits over the vocabulary."""
+        ...
+
+    def part_of(self, parameter: str) -> Part:
+        """Which part of the model a parameter, by its name in the model, belongs to."""
         ...
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:

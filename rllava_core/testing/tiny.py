@@ -21,7 +21,7 @@ from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedModel
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message
-from rllava_core.policy.adapter import Features
+from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.config import ModelConfig
 
 START, END, PAD, IMAGE = 256, 257, 258, 259
@@ -164,6 +164,10 @@ class TinyAdapter:
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
         """Applied by the policy to a few states at a time, so that the logits of all are never held at once."""
         return cast(nn.Module, model.lm_head)
+
+    def part_of(self, parameter: str) -> Part:
+        """The linear map sees and translates at once, so there is no connector."""
+        return "vision" if parameter.startswith("vision.") else "language"
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """config.json and model.safetensors, which `load` reads again."""

@@ -21,3 +21,24 @@ class TestSmallImages(ModelAdapterConformance):
 class TestEagerAttention(ModelAdapterConformance):
     component = "qwen2vl"
     options = MappingProxyType({"from_scratch": "tiny", "attention": "eager"})
+
+
+class TestQwen25VL(ModelAdapterConformance):
+    """Window attention in the vision part."""
+
+    component = "qwen2vl"
+    options = MappingProxyType({"from_scratch": "tiny-qwen2.5"})
+
+
+class TestQwen3VL(ModelAdapterConformance):
+    """DeepStack, and M-RoPE with interleaved frequencies."""
+
+    component = "qwen2vl"
+    options = MappingProxyType({"from_scratch": "tiny-qwen3"})
+
+
+class TestQwen3VLMoe(ModelAdapterConformance):
+    """Experts."""
+
+    component = "qwen2vl"
+    options = MappingProxyType({"from_scratch": "tiny-qwen3-moe"})

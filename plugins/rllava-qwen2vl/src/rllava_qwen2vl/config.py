@@ -12,8 +12,10 @@ from rllava_core.policy.config import ModelConfig
 class Qwen2VLOptions(ModelConfig):
     """`model: {adapter: qwen2vl, …}`"""
 
-    from_scratch: Literal["tiny"] | None = Field(
-        default=None, description="`tiny`: the real architecture and processor with 0.2M random weights"
+    from_scratch: Literal["tiny", "tiny-qwen2.5", "tiny-qwen3", "tiny-qwen3-moe"] | None = Field(
+        default=None,
+        description="the real architecture and processor with 0.2M random weights: of Qwen2-VL (`tiny`), Qwen2.5-VL, "
+        "Qwen3-VL, or Qwen3-VL with experts",
     )
     min_pixels: int | None = Field(default=None, ge=1, description="images are enlarged to at least this many pixels")
     max_pixels: int | None = Field(default=None, ge=1, description="images are shrunk to at most this many pixels")

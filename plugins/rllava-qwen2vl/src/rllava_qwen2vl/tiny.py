@@ -1,4 +1,4 @@
-"""A Qwen2-VL small enough for a laptop: the real architecture, tokenizer and processor classes, built from a config.
+"""Qwen models small enough for a laptop: the real architecture, tokenizer and processor classes, built from a config.
 
 32×32 pixels become 16 image tokens (patches of 4, merged 2×2). The vocabulary is bytes, the special tokens, and the
 few words of the chat template, so every digit and letter is one token.
@@ -6,16 +6,29 @@ few words of the chat template, so every digit and letter is one token.
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     GenerationConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from rllava_core.policy.scratch import byte_tokenizer
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -56,19 +69,30 @@ ROPE_THETA = 10.0
 it turns by 0.56 and 0.24."""
 
 
-def tiny_processor() -> Qwen2VLProcessor:
+PROCESSORS = {
+    "tiny": Qwen2VLProcessor,
+    "tiny-qwen2.5": Qwen2_5_VLProcessor,
+    "tiny-qwen3": Qwen3VLProcessor,
+    "tiny-qwen3-moe": Qwen3VLProcessor,
+}
+
+
+def tiny_processor(preset: str) -> Any:
     """The processor: byte-level tokenizer and image processor."""
     images = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
     size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    return Qwen2VLProcessor(
+    videos = Qwen3VLVideoProcessor if preset.startswith("tiny-qwen3") else Qwen2VLVideoProcessor
+    return PROCESSORS[preset](
         image_processor=Qwen2VLImageProcessor(size=size, **images),
-        tokenizer=_tokenizer(),
-        video_processor=Qwen2VLVideoProcessor(size=size, **images),
+        tokenizer=byte_tokenizer(
+            Qwen2Tokenizer, SPECIAL_TOKENS, end="<|im_end|>", pad="<|endoftext|>", words=TEMPLATE_WORDS
+        ),
+        video_processor=videos(size=size, **images),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
+def tiny_model(preset: str, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
     """The model with random weights, from torch's global random state."""
     identifier = tokenizer.convert_tokens_to_ids
     special = {
@@ -76,56 +100,55 @@ def tiny_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
         "eos_token_id": identifier("<|im_end|>"),
         "pad_token_id": identifier("<|endoftext|>"),
     }
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "initializer_range": INITIALIZER_RANGE,
-            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 3, 3]},
-            **special,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 64,
-            "hidden_size": 64,
-            "num_heads": 4,
-            "mlp_ratio": 2,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "initializer_range": INITIALIZER_RANGE,
-        },
-        image_token_id=identifier("<|image_pad|>"),
-        video_token_id=identifier("<|video_pad|>"),
-        vision_start_token_id=identifier("<|vision_start|>"),
-        vision_end_token_id=identifier("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
-    model = Qwen2VLForConditionalGeneration(config)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": INITIALIZER_RANGE,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [2, 3, 3]},
+        **special,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": INITIALIZER_RANGE,
+    }
+    of_qwen3 = {"intermediate_size": 128, "out_hidden_size": 64, "num_position_embeddings": 64}
+    tokens = {
+        "image_token_id": identifier("<|image_pad|>"),
+        "video_token_id": identifier("<|video_pad|>"),
+        "vision_start_token_id": identifier("<|vision_start|>"),
+        "vision_end_token_id": identifier("<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
+    model: PreTrainedModel
+    if preset == "tiny-qwen2.5":
+        # Windows of 16 pixels in the first layer, the whole image in the second.
+        own = {"intermediate_size": 128, "out_hidden_size": 64, "window_size": 16, "fullatt_block_indexes": [1]}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, **own}, **tokens)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    elif preset == "tiny-qwen3":
+        # DeepStack: the first layer of the language model is given features of the first of the vision part.
+        own = {**of_qwen3, "deepstack_visual_indexes": [0]}
+        config = Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config={**vision, **own}, **tokens)
+        model = Qwen3VLForConditionalGeneration(config)
+    elif preset == "tiny-qwen3-moe":
+        own = {**of_qwen3, "deepstack_visual_indexes": [0]}
+        experts = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        config = Qwen3VLMoeConfig(text_config={**text, **experts}, vision_config={**vision, **own}, **tokens)
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    else:
+        own = {"embed_dim": 64, "mlp_ratio": 2}
+        model = Qwen2VLForConditionalGeneration(
+            Qwen2VLConfig(text_config=text, vision_config={**vision, **own}, **tokens)
+        )
     model.generation_config = GenerationConfig(do_sample=False, **special)
     return model
-
-
-def _tokenizer() -> Qwen2Tokenizer:
-    symbols = sorted(bytes_to_unicode().values())
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    merges: list[tuple[str, str]] = []
-    for word in TEMPLATE_WORDS:
-        for length in range(2, len(word) + 1):
-            vocabulary[word[:length]] = len(vocabulary)
-            merges.append((word[: length - 1], word[length - 1]))
-    for token in SPECIAL_TOKENS:
-        vocabulary[token] = len(vocabulary)
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )

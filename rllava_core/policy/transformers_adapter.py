@@ -1,0 +1,261 @@
+"""What the families that transformers has in common share: loading, chat templates, placeholders, hidden states.
+
+A family is a subclass that says what is its own: which model types it loads, what an image becomes in the text, which
+positions it has. See `rllava_core.policy.adapter.ModelAdapter` for what each method promises.
+
+Only transformers' public interfaces are used: `from_pretrained`, `apply_chat_template`, the image processor, explicit
+`position_ids`, an attention mask and `past_key_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Cache, PreTrainedModel
+
+from rllava_core.errors import DataError, ModelError
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import ImagePart, Message, TextPart
+from rllava_core.policy.adapter import Features, Part
+from rllava_core.policy.config import ModelConfig
+
+_ANSWER = "An answer."
+"""Stands for what the assistant said, where only what follows it is wanted."""
+
+
+class TransformersAdapter:
+    """A `ModelAdapter` around a processor and a model of transformers.
+
+    model_types: what `config.json` may say that a checkpoint is.
+    placeholders: names of special tokens that stand for media or frame them, and are never sampled; the tokenizer need
+        not have all of them.
+    parts: beginnings of the names of parameters that belong to the vision part or to the connector; the longest that
+        fits decides. All others belong to the language model.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    placeholders: ClassVar[tuple[str, ...]] = ()
+    parts: ClassVar[Mapping[str, Part]] = {}
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self.processor = self.scratch_processor() if config.from_scratch is not None else self._load_processor()
+        self.tokenizer = self.processor.tokenizer
+        self.placeholder = str(self.processor.image_token)
+        self.image_token = self._token(self.placeholder)
+        if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
+            raise ModelError(f"model {self.origin}: its tokenizer names no pad_token or no eos_token; set both in it")
+        self.pad_token = int(self.tokenizer.pad_token_id)
+        # Known once the model is loaded, which holds the generation config and the size of the vocabulary.
+        self.end_of_turn: tuple[int, ...] = (int(self.tokenizer.eos_token_id),)
+        self.forbidden_tokens: tuple[int, ...] = ()
+        self.context_length = 0
+
+    # What a family says of itself.
+
+    def scratch_processor(self) -> Any:
+        """The processor of the preset `config.from_scratch`."""
+        raise ModelError(f"model: there is no preset {self.config.from_scratch!r}; set `path`")
+
+    def scratch_model(self) -> PreTrainedModel:
+        """The model of the preset, with random weights from torch's global random state."""
+        raise ModelError(f"model: there is no preset {self.config.from_scratch!r}; set `path`")
+
+    def image_text(self, features: Features) -> str:
+        """What takes the place of the placeholder of an image in the text, as the family's own processor writes it."""
+        raise NotImplementedError
+
+    def preprocess(self, image: Image) -> Features:
+        try:
+            found = self.processor.image_processor(images=[image.to_pil()], return_tensors="pt")
+        except ValueError as error:
+            raise DataError(f"{image.source}: {error}") from None
+        return {name: values for name, values in found.items() if isinstance(values, Tensor)}
+
+    def feature_count(self, features: Features) -> int:
+        return self.image_text(features).count(self.placeholder)
+
+    def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> torch.LongTensor:
+        """[1, T]: text and images alike count up, token by token."""
+        return cast(torch.LongTensor, torch.arange(start, start + len(tokens))[None])
+
+    def collate(self, features: Sequence[Features]) -> dict[str, Tensor]:
+        return {name: torch.cat([item[name] for item in features]) for name in features[0]}
+
+    # What they share.
+
+    @property
+    def origin(self) -> str:
+        """For messages."""
+        return str(self.config.path or self.config.from_scratch)
+
+    def load(self) -> PreTrainedModel:
+        if self.config.from_scratch is not None:
+            model = self.scratch_model()
+            model.set_attn_implementation(self.config.attention)
+            model.to(getattr(torch, self.config.dtype))
+        else:
+            model = self._load_weights()
+        text = model.config.get_text_config()
+        if len(self.tokenizer) > text.vocab_size:
+            raise ModelError(
+                f"model {self.origin}: the tokenizer has {len(self.tokenizer)} tokens, the model {text.vocab_size}"
+            )
+        self.context_length = int(text.max_position_embeddings)
+        assert model.generation_config is not None
+        ends = model.generation_config.eos_token_id
+        listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
+        own = int(self.tokenizer.eos_token_id)
+        self.end_of_turn = (own, *sorted(set(listed) - {own}))
+        unused = range(len(self.tokenizer), text.vocab_size)
+        known = self.tokenizer.get_added_vocab()
+        never = {known[name] for name in self.placeholders if name in known} | {self.image_token}
+        self.forbidden_tokens = (*sorted(never), *unused)
+        # The checkpoint's own `generate` then draws from the same distribution.
+        model.generation_config.suppress_tokens = list(self.forbidden_tokens)
+        return model
+
+    def render(
+        self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
+    ) -> tuple[int, ...]:
+        conversation = [{"role": message.role, "content": self._content(message)} for message in messages]
+        text = self._continuation(conversation) if continues else self._template(conversation)
+        pieces = text.split(self.placeholder)
+        if len(pieces) != len(features) + 1:
+            raise ModelError(
+                f"model {self.origin}: the chat template shows {len(pieces) - 1} of {len(features)} images"
+            )
+        expanded = pieces[0] + "".join(
+            self.image_text(item) + piece for item, piece in zip(features, pieces[1:], strict=True)
+        )
+        return (*([] if continues else self._opening(expanded)), *self._tokens(expanded))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+    def hidden_states(
+        self,
+        model: PreTrainedModel,
+        *,
+        tokens: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        media: Mapping[str, Tensor],
+        cache: Cache,
+    ) -> Tensor:
+        output = model.model(
+            input_ids=tokens,
+            attention_mask=attention_mask,
+            position_ids=positions if len(positions) > 1 else positions[0],
+            past_key_values=cache,
+            use_cache=True,
+            **media,
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def lm_head(self, model: PreTrainedModel) -> nn.Module:
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module)
+        return head
+
+    def part_of(self, parameter: str) -> Part:
+        fitting = [begin for begin in self.parts if parameter.startswith(begin)]
+        return self.parts[max(fitting, key=len)] if fitting else "language"
+
+    def save(self, model: PreTrainedModel, directory: Path) -> None:
+        model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def _opening(self, text: str) -> list[int]:
+        """What the tokenizer puts before every text (a beginning of sequence), unless the template wrote it itself."""
+        begin = self.tokenizer.bos_token
+        if begin is not None and text.startswith(begin):
+            return []
+        plain, opened = self._tokens("a"), self.tokenizer("a")["input_ids"]
+        return list(opened[: len(opened) - len(plain)]) if opened[-len(plain) :] == plain else []
+
+    def _template(self, conversation: list[dict[str, Any]]) -> str:
+        text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    def _continuation(self, conversation: list[dict[str, Any]]) -> str:
+        """What the template writes after an assistant's turn, found by writing one with an answer of our own."""
+        before = [{"role": role, "content": [{"type": "text", "text": _ANSWER}]} for role in ("user", "assistant")]
+        head, found, rest = self._template([*before, *conversation]).rpartition(_ANSWER)
+        end = self.tokenizer.decode([self.end_of_turn[0]])
+        # Everything up to the end of the assistant's turn must be the same whatever follows.
+        if not found or head.count(_ANSWER) != 1 or not rest.startswith(end):
+            raise ModelError(
+                f"model {self.origin}: its chat template does not end an assistant's turn with {end!r}, so that "
+                "conversations of several turns cannot be continued; set task.history to 1"
+            )
+        return rest.removeprefix(end)
+
+    def _content(self, message: Message) -> list[dict[str, str]]:
+        content = []
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                content.append({"type": "image"})
+                continue
+            assert isinstance(part, TextPart)
+            special = next((token for token in self.tokenizer.get_added_vocab() if token in part.text), None)
+            if special is not None:
+                raise DataError(f"text {part.text[:80]!r} contains the model's special token {special!r}; remove it")
+            content.append({"type": "text", "text": part.text})
+        return content
+
+    def _token(self, name: str) -> int:
+        identifier = self.tokenizer.get_added_vocab().get(name)
+        if identifier is None:
+            raise ModelError(
+                f"model {self.origin}: its tokenizer has no token {name!r}; is it one of {', '.join(self.model_types)}?"
+            )
+        return int(identifier)
+
+    def _load_processor(self) -> Any:
+        path = Path(str(self.config.path))
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise ModelError(f"model {path}: the directory holds no config.json, so it is no transformers model")
+        config = self._from_pretrained(AutoConfig.from_pretrained)
+        if config.model_type not in self.model_types:
+            loads = ", ".join(map(repr, self.model_types))
+            raise ModelError(f"model {path}: a {config.model_type!r}; this adapter loads {loads}")
+        return self._from_pretrained(AutoProcessor.from_pretrained)
+
+    def _load_weights(self) -> PreTrainedModel:
+        model, report = self._from_pretrained(
+            AutoModelForImageTextToText.from_pretrained,
+            dtype=getattr(torch, self.config.dtype),
+            attn_implementation=self.config.attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+        # transformers fills what does not fit with random numbers and goes on.
+        unfit = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
+        if unfit:
+            shown = ", ".join(unfit[:3]) + (f" and {len(unfit) - 3} more" if len(unfit) > 3 else "")
+            raise ModelError(f"model {self.origin}: weights that config.json asks for are missing or differ: {shown}")
+        loaded: PreTrainedModel = model
+        return loaded
+
+    def _from_pretrained(self, loader: Any, **options: Any) -> Any:
+        try:
+            return loader(self.config.path, trust_remote_code=self.config.trust_remote_code, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None
