@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+from rllava_core.config.sections import Options
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,24 @@ class Key:
 
 
 def keys_of(model: type[BaseModel]) -> list[Key]:
-    """Every key of a config model, in the order in which they are defined."""
-    return [
-        Key(
-            name,
-            _type(field.annotation),
-            None if field.is_required() else _plain(field.get_default(call_default_factory=True)),
-            field.description or "",
-        )
-        for name, field in model.model_fields.items()
-    ]
+    """Every key of a config model, in the order in which they are defined; options within options as `name.key`."""
+    keys = []
+    for name, field in model.model_fields.items():
+        options = _options(field.annotation)
+        if field.annotation is not options:
+            default = None if field.is_required() else _plain(field.get_default(call_default_factory=True))
+            keys.append(Key(name, _type(field.annotation), default, field.description or ""))
+        if options is not None:
+            keys += [replace(key, name=f"{name}.{key.name}") for key in keys_of(options)]
+    return keys
+
+
+def _options(annotation: Any) -> type[BaseModel] | None:
+    """The model of options within options, which may also be absent; a component, chosen by name, is none."""
+    for part in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
+        if isinstance(part, type) and issubclass(part, Options) and "name" not in part.model_fields:
+            return part
+    return None
 
 
 def _plain(value: Any) -> str:
@@ -61,4 +71,6 @@ def _type(annotation: Any) -> str:
         return "null"
     if annotation is Any:
         return "anything"
+    if _options(annotation) is not None:
+        return "options"
     return str(getattr(annotation, "__name__", annotation)).removesuffix("Section").lower()

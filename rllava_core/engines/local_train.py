@@ -17,6 +17,7 @@ from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.trained import load_part_state, part_state, trained_names
 
 
 class LocalTrainEngine:
@@ -32,7 +33,7 @@ class LocalTrainEngine:
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
         optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
+            [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
             lr=setup.training.learning_rate,
             betas=setup.training.adam_betas,
             weight_decay=setup.training.weight_decay,
@@ -101,7 +102,8 @@ class LocalTrainEngine:
     def update_copy(self, copy: str, rate: float = 1.0) -> None:
         target = self._copy(copy)
         for old, new in zip(target.parameters(), self.policy.parameters(), strict=True):
-            old.lerp_(new, rate)
+            if new.requires_grad:
+                old.lerp_(new, rate)
         self._updated.add(copy)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -110,13 +112,14 @@ class LocalTrainEngine:
 
     def state_dict(self) -> dict[str, Any]:
         # A copy that was never updated is the policy that training began with, which is made again from the config.
-        copies = {name: self._copies[name].state_dict() for name in sorted(self._updated)}
+        names = trained_names(self.policy)
+        copies = {name: part_state(self._copies[name], names) for name in sorted(self._updated)}
         return {"optimizer": self._optimizer.state_dict(), "copies": copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._optimizer.load_state_dict(state["optimizer"])
         for name, weights in state["copies"].items():
-            self._copy(name).load_state_dict(weights)
+            load_part_state(self._copy(name), trained_names(self.policy), weights)
             self._updated.add(name)
 
     def _copy(self, name: str) -> Policy:

@@ -15,6 +15,7 @@ from rllava_core.errors import TrainingError
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.logprobs import at_least_float32, chunked_logprobs, log_softmax_of
+from rllava_core.policy.trained import is_adapted, load_part_state, part_state, trained_names
 
 
 @dataclass(frozen=True)
@@ -148,14 +149,22 @@ class Policy(nn.Module):
         return {name: self._head(name, hidden) for name in self.heads if name not in self.separate}
 
     def extra_state(self) -> dict[str, dict[str, Tensor]]:
-        """The weights that are not the model's: heads, and their trunk if they have one."""
-        return {"heads": self.heads.state_dict(), "trunk": {} if self.trunk is None else self.trunk.state_dict()}
+        """The weights that a checkpoint of the model does not hold: heads, what is trained of their trunk if they have
+        one, and of a model with low-rank adapters, which are merged in its checkpoint, what is trained of it."""
+        state = {"heads": self.heads.state_dict(), "trunk": {}, "adapted": {}}
+        if self.trunk is not None:
+            state["trunk"] = part_state(self.trunk, trained_names(self.trunk))
+        if is_adapted(self.model):
+            state["adapted"] = part_state(self.model, trained_names(self.model))
+        return state
 
     def load_extra_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore what `extra_state` returned."""
+        """Restore what `extra_state` returned. A model without adapters is taken to have them merged."""
         self.heads.load_state_dict(state["heads"])
         if self.trunk is not None:
-            self.trunk.load_state_dict(state["trunk"])
+            load_part_state(self.trunk, trained_names(self.trunk), state["trunk"])
+        if is_adapted(self.model):
+            load_part_state(self.model, trained_names(self.model), state["adapted"])
 
     def _head(self, name: str, states: Tensor) -> Tensor:
         return at_least_float32(self.heads[name](at_least_float32(states)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.config import ModelConfig
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Head, Policy
+from rllava_core.policy.trained import copy_sharing_frozen, set_trained, share_frozen
 from rllava_core.training.environments import environment_pool
 from rllava_core.training.episodes import Episodes, Limits
 from rllava_core.training.seeds import HELD_OUT, WEIGHTS, derive, seed_everything
@@ -106,12 +106,18 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
         seed_everything(derive(run.training.seed, WEIGHTS))
         adapter: ModelAdapter = model.create()
         weights = adapter.load()
-        trunk = copy.deepcopy(weights) if any(head.own_trunk for head in heads.values()) else None
+        if isinstance(model.config, ModelConfig):
+            set_trained(weights, adapter, model.config)
+        trunk = copy_sharing_frozen(weights) if any(head.own_trunk for head in heads.values()) else None
         return Policy(adapter, weights, heads, run.training.temperature, trunk)
 
     with _reading(checkpoint):
-        policy = policy_of(resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint))
+        policy = policy_of(
+            resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint, learning)
+        )
     copies = {name: policy_of(resolved.model) for name in algorithm.copies} if learning else {}
+    for frozen in copies.values():
+        share_frozen(frozen, policy)
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
@@ -158,14 +164,21 @@ def _reading(checkpoint: Path | None) -> Iterator[None]:
         ) from error
 
 
-def _from_checkpoint(model: Resolved, checkpoint: Path) -> Resolved:
-    """The same adapter, reading a checkpoint that it wrote itself."""
+def _from_checkpoint(model: Resolved, checkpoint: Path, learning: bool) -> Resolved:
+    """The same adapter, reading a checkpoint that it wrote itself.
+
+    Low-rank adapters are merged in it: enough to act by. To learn on, the model that training began with is loaded, and
+    the adapters themselves are restored with the rest of the run.
+    """
     if not isinstance(model.config, ModelConfig):
         raise PluginError(
             f"model {model.component.qualified_name!r}: its config is no rllava_core.policy.config.ModelConfig, "
             "so its checkpoints cannot be loaded"
         )
-    config = model.config.model_copy(update={"path": str(checkpoint), "from_scratch": None})
+    adapted = "lora" in (model.config.train.vision, model.config.train.connector, model.config.train.language)
+    if adapted and learning:
+        return model
+    config = model.config.loading(str(checkpoint))
     return Resolved(model.component, config)
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from rllava_core.errors import ConfigError, RllavaError, TrainingError
 from rllava_core.policy.policy import Policy
+from rllava_core.policy.trained import save_model
 from rllava_core.training.build import Parts
 from rllava_core.training.storage import flush, load_tree, save_tree, writing
 
@@ -49,7 +50,7 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
         with writing(f"checkpoint {target}"):
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "resume").mkdir(parents=True)
-            parts.adapter.save(parts.policy.model, temporary)
+            save_model(parts.policy.model, temporary, parts.adapter)
             save_tree(parts.policy.extra_state(), temporary / "resume" / "policy")
             state = {"trainer": parts.trainer.state_dict(), "algorithm": parts.algorithm.state_dict()}
             save_tree(state, temporary / "resume" / "state")

@@ -1,0 +1,152 @@
+"""What of a model is trained: every part of it in full, by low-rank adapters (LoRA), or not at all.
+
+Adapters are put into the model that a family's adapter loaded (by PEFT), which stays the same class with the same
+methods. Weights that are not trained are shared by every copy of the policy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rllava_core.errors import ConfigError, ModelError, TrainingError
+from rllava_core.policy.adapter import ModelAdapter, Part
+from rllava_core.policy.config import ModelConfig
+
+_LORA = ".lora_"
+"""In the names of all weights of PEFT's LoRA, those of DoRA included."""
+
+
+def set_trained(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConfig) -> None:
+    """Freeze what `config.train` freezes, and add adapters where it asks for them, whose B is zero at first.
+
+    Raises ModelError if the model has not the part, or nothing in it can be adapted; ConfigError without PEFT.
+    """
+    ways: dict[Part, str] = {part: getattr(config.train, part) for part in ("vision", "connector", "language")}
+    found = {adapter.part_of(name) for name, _ in model.named_parameters()}
+    for part in sorted(config.train.model_fields_set - found):
+        raise ModelError(f"model.train.{part} is {getattr(config.train, part)!r}, and this model has no {part} part")
+    adapted = {part for part, way in ways.items() if way == "lora"}
+    if adapted:
+        _add_lora(model, adapter, config, adapted)
+    # Afterwards, for PEFT freezes whatever is no adapter.
+    for name, parameter in model.named_parameters():
+        part = adapter.part_of(name.replace(".base_layer.", "."))
+        parameter.requires_grad_(_LORA in name or ways[part] == "full")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether there are low-rank adapters in the model."""
+    return any(_LORA in name for name, _ in model.named_parameters())
+
+
+def trained_names(module: nn.Module) -> list[str]:
+    """Names of the parameters that are trained."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def part_state(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """These parameters of a module, by name."""
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name].detach() for name in names}
+
+
+@torch.no_grad()
+def load_part_state(module: nn.Module, names: Iterable[str], state: Mapping[str, Tensor]) -> None:
+    """Restore what `part_state` returned. Raises TrainingError if other parameters are trained than were."""
+    parameters = dict(module.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in names}
+    found = {name: tuple(values.shape) for name, values in state.items()}
+    if found != expected:
+        other = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        raise TrainingError(f"other weights were trained when it was saved, {other[0]} among them; see model.train")
+    for name, values in state.items():
+        parameters[name].copy_(values)
+
+
+def copy_sharing_frozen(module: PreTrainedModel) -> PreTrainedModel:
+    """A copy that holds the very same tensors where nothing is trained."""
+    frozen = {id(item): item for item in module.parameters() if not item.requires_grad}
+    return copy.deepcopy(module, memo=frozen)
+
+
+def share_frozen(module: nn.Module, other: nn.Module) -> None:
+    """Give a module the tensors of another one of the same structure wherever the other is not trained."""
+    for name, parameter in other.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, parameter)
+
+
+def save_model(model: PreTrainedModel, directory: Path, adapter: ModelAdapter) -> None:
+    """A standard checkpoint. Low-rank adapters are merged into its weights, and lie in `directory/adapter` (PEFT)."""
+    if not is_adapted(model):
+        adapter.save(model, directory)
+        return
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    adapter.save(_merged(model), directory)
+    own = directory / "adapter"
+    own.mkdir()
+    config = model.peft_config["default"]
+    config.save_pretrained(str(own))
+    weights = get_peft_model_state_dict(model)
+    tensors = {f"base_model.model.{name}": values.contiguous().cpu() for name, values in weights.items()}
+    save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _add_lora(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConfig, parts: set[Part]) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError(
+            f"model.train asks for LoRA, which needs PEFT ({error}): pip install 'rllava-core[lora]'"
+        ) from None
+    head = adapter.lm_head(model)
+    targets: dict[Part, list[str]] = {part: [] for part in parts}
+    for name, module in model.named_modules():
+        # The language head stays as it is, as embeddings do.
+        if isinstance(module, nn.Linear) and module is not head and adapter.part_of(f"{name}.weight") in parts:
+            targets[adapter.part_of(f"{name}.weight")].append(name)
+    wanted = config.lora.targets
+    if wanted is not None:
+        targets = {part: [name for name in names if name.split(".")[-1] in wanted] for part, names in targets.items()}
+    for part, names in targets.items():
+        if not names:
+            which = "no linear layer" if wanted is None else f"no linear layer named {' or '.join(wanted)}"
+            raise ModelError(f"model.train.{part} is 'lora', and {which} is in the {part} part of this model")
+    names = [name for found in targets.values() for name in found]
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        use_dora=config.lora.dora,
+        lora_dropout=0.0,
+        target_modules=names,
+    )
+    inject_adapter_in_model(lora, model)
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without adapters that computes the same. Weights without an adapter are shared, not copied."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = copy.deepcopy(module)
+            layer.merge()
+            layers[name] = layer.get_base_layer()
+    parameters = {id(item): item for item in model.parameters()}
+    plain = copy.deepcopy(model, memo=parameters)
+    for name, layer in layers.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(plain.get_submodule(owner), attribute, layer)
+    del plain.peft_config
+    return plain

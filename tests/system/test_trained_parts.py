@@ -1,0 +1,197 @@
+"""`model.train`: exactly what it names is trained, in full or by low-rank adapters, and the rest stays bitwise as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from rllava_core.cli import rllava
+from rllava_core.config import load
+from rllava_core.plugins import load_plugins
+from rllava_core.training.build import build_parts
+
+STEPS = 10
+
+CONFIG: dict[str, Any] = {
+    "model": {"adapter": "qwen2vl", "from_scratch": "tiny"},
+    "algorithm": {"name": "grpo", "group_size": 4, "entropy_coefficient": 0.01},
+    "task": {
+        "dataset": {"name": "digits"},
+        "prompt": "{question}",
+        "choices": list("0123456789"),
+        "rewards": [{"name": "exact_match"}],
+    },
+    "training": {
+        "steps": STEPS,
+        "prompts_per_step": 4,
+        "eval_every": 0,
+        "eval_episodes": 20,
+        "save_every": 5,
+        "seed": 1,
+    },
+}
+
+LANGUAGE = {"vision": "frozen", "connector": "frozen", "language": "lora"}
+EVERYWHERE = {"vision": "lora", "connector": "lora", "language": "lora"}
+MIXED = {"vision": "frozen", "connector": "full", "language": "lora"}
+SEEING = {"vision": "frozen"}
+
+
+@pytest.fixture(autouse=True)
+def _peft() -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(rllava, [str(argument) for argument in arguments])
+
+
+def write(directory: Path, train: dict[str, str], **changes: Any) -> Path:
+    path = directory / "task.yaml"
+    config = {**CONFIG, **changes}
+    config["model"] = {**CONFIG["model"], "train": train, "lora": {"rank": 4}, **changes.get("model", {})}
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def first_weights(config: Path) -> tuple[dict[str, Tensor], set[str], Any]:
+    """Of the model that training begins with: its weights, those of them that are linear layers', its adapter."""
+    path = config.with_name("plain.yaml")
+    plain = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for key in ("train", "lora"):
+        plain["model"].pop(key)
+    path.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    with build_parts(load(path, (), load_plugins())) as parts:
+        model = parts.policy.model
+        head = parts.adapter.lm_head(model)
+        linear = {
+            f"{name}.weight" for name, item in model.named_modules() if isinstance(item, nn.Linear) and item is not head
+        }
+        return {name: item.detach().clone() for name, item in model.named_parameters()}, linear, parts.adapter
+
+
+def last_checkpoint(directory: Path) -> Path:
+    return directory / "checkpoints" / f"step-{STEPS:06d}"
+
+
+@pytest.mark.parametrize("train", [LANGUAGE, EVERYWHERE, MIXED, SEEING], ids=["language", "all", "mixed", "frozen"])
+def test_exactly_what_is_trained_changes(train: dict[str, str], tmp_path: Path) -> None:
+    config = write(tmp_path, train)
+    before, linear, adapter = first_weights(config)
+
+    done = run("train", config, "--run-dir", tmp_path / "run")
+
+    assert done.exit_code == 0, done.output
+    checkpoint = last_checkpoint(tmp_path / "run")
+    after = dict(AutoModelForImageTextToText.from_pretrained(checkpoint).named_parameters())
+    assert after.keys() == before.keys()
+    seen = set()
+    for name, values in before.items():
+        way = train.get(adapter.part_of(name), "full")
+        changes = way == "full" or (way == "lora" and name in linear)
+        assert torch.equal(after[name], values) is not changes, (name, way)
+        seen.add((way, changes))
+    assert len(seen) >= 2, "a test of nothing"
+    adapters = checkpoint / "adapter" / "adapter_model.safetensors"
+    assert adapters.is_file() == ("lora" in train.values())
+    if adapters.is_file():
+        names = [name.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for name in load_file(adapters)]
+        assert set(names) == {name for name in linear if train.get(adapter.part_of(name)) == "lora"}
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_a_run_with_adapters_is_resumed_exactly(algorithm: str, tmp_path: Path) -> None:
+    """With a reference policy, and with a critic that has adapters of its own."""
+    chosen = {
+        "grpo": {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1},
+        "ppo": {"name": "ppo", "group_size": 4, "kl_coefficient": 0.1, "critic": "separate"},
+    }[algorithm]
+    pytest.importorskip(f"rllava_{algorithm}", reason=f"rllava-{algorithm} is not installed")
+    config = write(tmp_path, MIXED, algorithm=chosen)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = run("train", config, "--run-dir", whole)
+    assert done.exit_code == 0, done.output
+    shutil.copytree(whole, cut)
+    shutil.rmtree(last_checkpoint(cut))
+    (cut / "summary.json").unlink()
+
+    resumed = run("train", config, "--run-dir", cut, "--resume")
+
+    assert resumed.exit_code == 0, resumed.output
+    for name in (
+        "model.safetensors",
+        "adapter/adapter_model.safetensors",
+        "resume/policy.safetensors",
+        "resume/state.safetensors",
+    ):
+        ours, theirs = (last_checkpoint(directory) / name for directory in (cut, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+def test_an_evaluation_of_a_run_with_adapters_finds_what_the_run_found(tmp_path: Path) -> None:
+    """`rllava eval` reads the merged weights, as anyone would."""
+    training = {**CONFIG["training"], "eval_every": STEPS}
+    config = write(tmp_path, {"language": "lora"}, training=training)
+    assert run("train", config, "--run-dir", tmp_path / "run").exit_code == 0
+
+    done = run("eval", tmp_path / "run")
+
+    assert done.exit_code == 0, done.output
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(metrics[-1])
+    answers = (tmp_path / "run" / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum(json.loads(line)["success"] for line in answers) / 20 == last["eval/success_rate"]
+
+
+def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
+    """The reference policy of a model with adapters is the base: it costs its own adapters, and no more."""
+    algorithm = {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1}
+    config = write(tmp_path, EVERYWHERE, algorithm=algorithm)
+    with build_parts(load(config, (), load_plugins())) as parts:
+        reference = parts.trainer._copies["reference"]  # type: ignore[attr-defined]
+        ours = dict(parts.policy.named_parameters())
+        trained = {name for name, item in ours.items() if item.requires_grad}
+        for name, item in reference.named_parameters():
+            assert (item is ours[name]) == (name not in trained), name
+        assert all(".lora_" in name for name in trained)
+        size = sum(item.numel() for item in ours.values())
+        assert sum(ours[name].numel() for name in trained) < 0.2 * size
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"train": {"vision": "frozen", "connector": "frozen", "language": "frozen"}}, "there is nothing to train"),
+        ({"train": {"language": "lora"}, "lora": {"targets": ["query"]}}, "no linear layer named query"),
+        ({"train": {"vison": "lora"}}, "vison"),
+        ({"train": {"vision": "half"}}, "'full', 'lora' or 'frozen'"),
+        ({"lora": {"rank": 0}}, "model.lora.rank"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_clear_message(model: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = write(tmp_path, {}, model=model)
+
+    done = run("train", config, "--run-dir", tmp_path / "run")
+
+    assert done.exit_code == 2, done.output
+    assert message in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_a_part_that_the_model_has_not(tmp_path: Path) -> None:
+    config = write(tmp_path, {"connector": "frozen"}, model={"adapter": "toy"})
+
+    done = run("train", config, "--run-dir", tmp_path / "run")
+
+    assert done.exit_code == 2, done.output
+    assert "model.train.connector is 'frozen', and this model has no connector part" in " ".join(done.output.split())
