@@ -21,7 +21,7 @@ def byte_vocabulary(words: Iterable[str] = ()) -> tuple[dict[str, int], list[tup
 
 
 def byte_tokenizer(kind: Any, special: Sequence[str], *, end: str, pad: str, words: Iterable[str] = ()) -> Any:
-    """A tokenizer of a byte-level class of transformers (`Qwen2Tokenizer`, `GPT2Tokenizer`).
+    """A tokenizer of a class of transformers that is byte-level BPE, such as `GPT2Tokenizer`.
 
     special: its special tokens, `end` (of a turn) and `pad` among them.
     words: of the chat template, each of which becomes one token.

@@ -30,8 +30,9 @@ def set_trained(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConf
     """
     ways: dict[Part, str] = {part: getattr(config.train, part) for part in ("vision", "connector", "language")}
     found = {adapter.part_of(name) for name, _ in model.named_parameters()}
-    for part in sorted(config.train.model_fields_set - found):
-        raise ModelError(f"model.train.{part} is {getattr(config.train, part)!r}, and this model has no {part} part")
+    for part in sorted(set(ways) - found):
+        if ways[part] != "full":
+            raise ModelError(f"model.train.{part} is {ways[part]!r}, and this model has no {part} part")
     adapted = {part for part, way in ways.items() if way == "lora"}
     if adapted:
         _add_lora(model, adapter, config, adapted)

@@ -17,7 +17,7 @@ def rllava_models() -> list[ComponentSpec]:
             name="llava",
             target="rllava_llava.adapter:Llava",
             config="rllava_llava.config:LlavaOptions",
-            summary="LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision; `compose` makes one of a vision tower and a language model.",
+            summary="LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision; `compose` joins a vision tower and a language model.",
             provides=frozenset({"heads"}),
         )
     ]
