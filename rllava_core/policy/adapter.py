@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import LongTensor, Tensor, nn
 from transformers import Cache, PreTrainedModel
@@ -105,4 +105,17 @@ class ModelAdapter(Protocol):
 
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         """Write a standard transformers checkpoint: weights, config, processor."""
+        ...
+
+
+@runtime_checkable
+class OwnProcessor(Protocol):
+    """What an adapter may offer beside: what the family's own processor makes of whole prompts, for `rllava parity`."""
+
+    def own_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Token ids of a conversation up to where the assistant answers."""
+        ...
+
+    def own_inputs(self, tokens: Sequence[int], images: Sequence[Image]) -> dict[str, Tensor]:
+        """Keyword arguments of the model's own `forward` for one whole sequence with all its images."""
         ...

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.messages import ImagePart, Message, TextPart
+from rllava_core.mdp.messages import ImagePart, Message, Observation, TextPart
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.config import ModelConfig
 
@@ -176,6 +176,25 @@ class TransformersAdapter:
     def save(self, model: PreTrainedModel, directory: Path) -> None:
         model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
+
+    def own_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        text = self._template([{"role": message.role, "content": self._content(message)} for message in messages])
+        images = [image.to_pil() for image in Observation(tuple(messages)).images]
+        begin = self.tokenizer.bos_token
+        # As `apply_chat_template(tokenize=True)` does.
+        again = begin is None or not text.startswith(begin)
+        found = self.processor(text=[text], images=images or None, add_special_tokens=again)
+        return tuple(found["input_ids"][0])
+
+    def own_inputs(self, tokens: Sequence[int], images: Sequence[Image]) -> dict[str, Tensor]:
+        ids = torch.tensor([tokens])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(self.processor, "return_mm_token_type_ids", False):
+            inputs["mm_token_type_ids"] = (ids == self.image_token).int()
+        if images:
+            found = self.processor.image_processor(images=[image.to_pil() for image in images], return_tensors="pt")
+            inputs |= {name: values for name, values in found.items() if isinstance(values, Tensor)}
+        return inputs
 
     def _tokens(self, text: str) -> list[int]:
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]

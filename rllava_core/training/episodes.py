@@ -49,6 +49,7 @@ class Timing:
 class Episodes:
     """Plays groups of episodes with the policy, or writes them down from the examples' own answers.
 
+    limits: where episodes are cut.
     report: told of every environment that failed, by the name of its episode.
     timing: of the last `play`.
     """
@@ -65,7 +66,7 @@ class Episodes:
         self._adapter = adapter
         self._sampler = sampler
         self._environments = environments
-        self._limits = limits
+        self.limits = limits
         self._renderer = Renderer(adapter, media)
         self.report = report
         self.timing = Timing()
@@ -81,7 +82,7 @@ class Episodes:
         members = [(group, start) for group, start in enumerate(starts) for _ in range(group_size)]
         observed = self._environments.reset([start for _, start in members])
         episodes = [
-            _Episode(start, group, Conversation(self._renderer, self._limits.history, start.name))
+            _Episode(start, group, Conversation(self._renderer, self.limits.history, start.name))
             for group, start in members
         ]
         for episode, observation in zip(episodes, observed, strict=True):
@@ -167,7 +168,7 @@ class Episodes:
         return Request(
             context=episode.conversation.context,
             count=count,
-            max_tokens=self._limits.max_new_tokens,
+            max_tokens=self.limits.max_new_tokens,
             name=episode.start.name,
             choices=None if choices is None else self._renderer.choices(choices),
             choice_texts=choices or (),
@@ -179,11 +180,11 @@ class Episodes:
 
     def _longest(self, episode: _Episode) -> int:
         choices = episode.observation.choices
-        return self._limits.max_new_tokens if choices is None else max(map(len, self._renderer.choices(choices)))
+        return self.limits.max_new_tokens if choices is None else max(map(len, self._renderer.choices(choices)))
 
     def _limit(self, episode: _Episode) -> None:
         """Cut an episode that goes on beyond what the task or the model allows."""
-        conversation, limits = episode.conversation, self._limits
+        conversation, limits = episode.conversation, self.limits
         if conversation.length > self._adapter.context_length:
             # Not even the state that it is left in could be read, so it is left one turn earlier.
             if len(episode.turns) == 1:
