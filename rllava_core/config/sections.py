@@ -166,6 +166,10 @@ class TrainingSection(Options):
         gt=0,
         description="largest mean |log-prob while sampling - recomputed| (nats) before a run stops as misaligned",
     )
+    unseen_images: Literal["warn", "stop", "ignore"] = Field(
+        default="warn",
+        description="what to do if other images give the very same log-probs, which every evaluation looks at",
+    )
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = Field(default=(), description="beside metrics.jsonl")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random in the run")
 

@@ -51,7 +51,8 @@ class TransformersAdapter:
         if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
             raise ModelError(f"model {self.origin}: its tokenizer names no pad_token or no eos_token; set both in it")
         self.pad_token = int(self.tokenizer.pad_token_id)
-        # Known once the model is loaded, which holds the generation config and the size of the vocabulary.
+        # Known once the model is loaded, which holds the generation config and the size of the vocabulary. A family
+        # whose turns end otherwise sets the first end of turn itself.
         self.end_of_turn: tuple[int, ...] = (int(self.tokenizer.eos_token_id),)
         self.forbidden_tokens: tuple[int, ...] = ()
         self.context_length = 0
@@ -106,12 +107,12 @@ class TransformersAdapter:
             raise ModelError(
                 f"model {self.origin}: the tokenizer has {len(self.tokenizer)} tokens, the model {text.vocab_size}"
             )
-        self.context_length = int(text.max_position_embeddings)
+        self.context_length = _longest(text)
         assert model.generation_config is not None
         ends = model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
-        own = int(self.tokenizer.eos_token_id)
-        self.end_of_turn = (own, *sorted(set(listed) - {own}))
+        own = self.end_of_turn[0]
+        self.end_of_turn = (own, *sorted({int(self.tokenizer.eos_token_id), *listed} - {own}))
         unused = range(len(self.tokenizer), text.vocab_size)
         known = self.tokenizer.get_added_vocab()
         never = {known[name] for name in self.placeholders if name in known} | {self.image_token}
@@ -278,3 +279,10 @@ class TransformersAdapter:
             return loader(self.config.path, trust_remote_code=self.config.trust_remote_code, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None
+
+
+def _longest(text: Any) -> int:
+    """The longest sequence: of the positions, and of a sliding window, for a mask of ours sees beyond it."""
+    longest, window = int(text.max_position_embeddings), getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ("sliding",)
+    return longest if window is None or not any("sliding" in kind for kind in kinds) else min(longest, int(window))

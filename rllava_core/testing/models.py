@@ -50,6 +50,15 @@ class ModelAdapterConformance(InputChecks, ForwardChecks):
             f"the head gave logits of shape {tuple(logits.shape)} for a vocabulary of {vocabulary}",
         )
 
+    def test_every_weight_belongs_to_a_part(self) -> None:
+        """`model.train` says of each part how it is trained."""
+        adapter, model = self.loaded()
+        parts = {adapter.part_of(name) for name, _ in model.named_parameters()}
+        unknown = parts - {"vision", "connector", "language"}
+        require(not unknown, f"part_of() gave {unknown}; the parts are vision, connector and language")
+        require("language" in parts, "no weight belongs to the language part")
+        require(parts & {"vision", "connector"}, "no weight belongs to a part that sees: what does part_of() go by?")
+
     def test_the_context_length_is_known_once_the_model_is_loaded(self) -> None:
         adapter, _ = self.loaded()
         length = adapter.context_length

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import SkipTest
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rllava_core.policy.adapter import ModelAdapter
+from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Message
+from rllava_core.policy.adapter import ModelAdapter, OwnProcessor
 from rllava_core.testing.conformance import require
 from rllava_core.testing.models_base import ModelSuite, Piece, head_weight
 
@@ -42,6 +46,29 @@ class ForwardChecks(ModelSuite):
             [expected], [found] = self.hidden(adapter, model, [[whole]]), self.hidden(adapter, model, [pieces])
             self.require_close(
                 found, expected, "a sequence in pieces through the cache has other hidden states than in one pass"
+            )
+
+    @torch.no_grad()
+    def test_the_familys_own_forward_gives_the_same(self) -> None:
+        """For an adapter that is an `OwnProcessor`. All the other checks compare the adapter with itself."""
+        adapter, model = self.loaded()
+        if not isinstance(adapter, OwnProcessor):
+            raise SkipTest("the adapter offers nothing of the family's own to compare with")
+        for parts in self.conversations():
+            own = adapter.own_tokens([Message.user(*parts)])
+            piece = self.piece(adapter, *parts)
+            require(
+                tuple(own) == piece.tokens,
+                f"the family's processor makes {len(own)} tokens of a prompt of which render() makes "
+                f"{len(piece.tokens)}, or others",
+            )
+            images = [part for part in parts if isinstance(part, Image)]
+            expected = model(**adapter.own_inputs(piece.tokens, images)).logits[0]
+            [states] = self.hidden(adapter, model, [[piece]])
+            self.require_close(
+                adapter.lm_head(model)(states),
+                expected,
+                "the model's own forward gives other logits for a whole prompt",
             )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -34,6 +34,7 @@ from rllava_core.training.run_directory import RunDirectory
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
+from rllava_core.training.sight import probe, unseen
 from rllava_core.training.storage import peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
 
@@ -279,8 +280,23 @@ class _Run:
             evaluations["best"] = {**summary, "step": step}
         self.observer.evaluated(step, result)
         clock.lap("eval")
+        sight = self._look(step, result.trajectories)
+        clock.lap("image_probe")
         scores = {f"eval/{name}": value for name, value in result.scores.items()}
-        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **clock.laps}
+        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **sight, **clock.laps}
+
+    def _look(self, step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Whether images have an influence, unless nobody wants to know."""
+        if self.training.unseen_images == "ignore":
+            return {}
+        with self.parts.trainer.autocast():
+            metrics = probe(self.parts.policy, self.parts.media, trajectories)
+        problem = unseen(metrics)
+        if problem is not None and self.training.unseen_images == "stop":
+            raise TrainingError(f"step {step}: {problem}; set training.unseen_images to warn to go on all the same")
+        if problem is not None:
+            self.observer.warned(f"step {step}: {problem}")
+        return metrics
 
     def _save(self) -> None:
         directory = self.directory.checkpoints

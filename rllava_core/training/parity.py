@@ -101,33 +101,50 @@ class Parity:
 
 
 class Gallery:
-    """Two turns of free text about pictures of several sizes: none, one, several in a row, between words."""
+    """Two turns of free text about pictures of several sizes: none, one, several in a row, between words.
+
+    unit: pixels that all sides are multiples of.
+    """
 
     COUNT = 4
+
+    def __init__(self, unit: int) -> None:
+        self._unit = unit
 
     def reset(self, *, seed: int, example: Example | None) -> Observation:
         self._turn = 0
         self._number = seed % self.COUNT
-        shapes = [[(48, 32)], [], [(32, 64), (40, 40), (96, 32)], [(64, 64), (24, 72)]][self._number]
-        pictures = [_noise(height, width, seed + place) for place, (height, width) in enumerate(shapes)]
+        shapes = [[(6, 4)], [], [(4, 8), (5, 5), (12, 4)], [(8, 8), (3, 9)]][self._number]
+        pictures = [self._noise(height, width, seed + place) for place, (height, width) in enumerate(shapes)]
         if self._number == 3:
             return Observation((Message.user("Is ", pictures[0], " like ", pictures[1], "?"),))
         return Observation((Message.user(*pictures, "What is to be seen?"),))
 
     def step(self, action: Action) -> Transition:
         self._turn += 1
-        later = Message.user("And now?", _noise(56, 40 + 8 * self._number, 100 + self._number))
+        later = Message.user("And now?", self._noise(7, 5 + self._number, 100 + self._number))
         return Transition(0.0, Observation((later,)), terminated=self._turn == 2)
+
+    def _noise(self, height: int, width: int, seed: int) -> Image:
+        shape = (height * self._unit, width * self._unit, 3)
+        pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+        return Image.from_array(pixels, f"picture of {shape[0]}×{shape[1]}")
 
 
 def measure(parts: Parts, starts: Sequence[Start], seed: int, tolerance: float) -> Parity:
     """Compare on episodes of the task that begin at `starts`, and on a few conversations about pictures."""
     limits = parts.episodes.limits
+    context = parts.adapter.context_length
+
+    def pictured() -> Gallery:
+        """With pictures as large as the model can read several of."""
+        return Gallery(4 if context < 1024 else 8 if context < 8192 else 32)
+
     gallery = Episodes(
         parts.adapter,
         parts.media,
         parts.sampler,
-        LocalEnvironments(Gallery),
+        LocalEnvironments(pictured),
         Limits(min(limits.max_new_tokens, 16), 2, None, limits.history),
     )
     pictures = [Start(None, number) for number in range(Gallery.COUNT)]
@@ -139,7 +156,7 @@ def measure(parts: Parts, starts: Sequence[Start], seed: int, tolerance: float) 
         decisions = _decisions(parts, played, names)
         observations = [
             *_observations(parts, starts),
-            *(Gallery().reset(seed=n, example=None) for n in range(Gallery.COUNT)),
+            *(pictured().reset(seed=n, example=None) for n in range(Gallery.COUNT)),
         ]
         prompts = [
             _prompt(parts, name, observation, min(limits.max_new_tokens, 16))
@@ -235,8 +252,3 @@ def _images(context: Sequence[Segment]) -> list[Image]:
 
 def _text(parts: Parts, token: int) -> str:
     return parts.adapter.decode([token]) or f"<{token}>"
-
-
-def _noise(height: int, width: int, seed: int) -> Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.from_array(pixels, f"picture of {height}×{width}")

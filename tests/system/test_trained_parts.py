@@ -1,4 +1,4 @@
-"""`model.train`: exactly what it names is trained, in full or by low-rank adapters, and the rest stays bitwise as it was."""
+"""`model.train`: what it names is trained, in full or by low-rank adapters; the rest stays bitwise as it was."""
 
 from __future__ import annotations
 

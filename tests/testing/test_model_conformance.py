@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import ImagePart
 from rllava_core.policy.adapter import Features
 from rllava_core.policy.config import ModelConfig
 from rllava_core.testing import ConformanceError, ModelAdapterConformance, check_model_adapter
@@ -51,6 +53,52 @@ class PositionsStartAnew(Healthy):
 class PaddingAttended(Healthy):
     def hidden_states(self, model: Any, *, attention_mask: Tensor, **inputs: Any) -> Any:
         return super().hidden_states(model, attention_mask=torch.ones_like(attention_mask), **inputs)
+
+
+class PlainModel(TinyModel):
+    """With the forward of a model of transformers."""
+
+    def forward(self, input_ids: Tensor, patches: Tensor | None = None) -> CausalLMOutputWithPast:
+        return CausalLMOutputWithPast(logits=self.lm_head(self.hidden(input_ids, patches)))
+
+
+class WithItsOwn(Healthy):
+    """Offers what the family's own processor makes of a prompt."""
+
+    def load(self) -> Any:
+        model = super().load()
+        model.__class__ = PlainModel
+        return model
+
+    def own_tokens(self, messages: Any) -> tuple[int, ...]:
+        images = [part.image for message in messages for part in message.parts if isinstance(part, ImagePart)]
+        return TinyAdapter.render(self, messages, [self.preprocess(image) for image in images])
+
+    def own_inputs(self, tokens: Any, images: Any) -> dict[str, Tensor]:
+        media = TinyAdapter.collate(self, [self.preprocess(image) for image in images]) if images else {}
+        return {"input_ids": torch.tensor([tokens]), **media}
+
+
+class RenderedOtherwise(WithItsOwn):
+    def render(self, *arguments: Any, **options: Any) -> tuple[int, ...]:
+        return (*super().render(*arguments, **options), ord(":"))
+
+
+class OtherPositions(WithItsOwn):
+    """As a family whose images have positions of their own would be read by an adapter that counts."""
+
+    def positions(self, tokens: Any, features: Any, start: int) -> Any:
+        return 2 * super().positions(tokens, features, start)
+
+
+class OneUnknownPart(Healthy):
+    def part_of(self, parameter: str) -> Any:
+        return "head" if parameter.startswith("lm_head") else super().part_of(parameter)
+
+
+class NothingSees(Healthy):
+    def part_of(self, parameter: str) -> Any:
+        return "language"
 
 
 class ContinuationsMixed(Healthy):
@@ -223,6 +271,10 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (LastStateMissing, "gave the shape"),
     ],
     "a_sequence_through_the_cache_equals_the_whole": [(PositionsStartAnew, "in pieces through the cache")],
+    "the_familys_own_forward_gives_the_same": [
+        (RenderedOtherwise, "of which render"),
+        (OtherPositions, "gives other logits"),
+    ],
     "continuations_in_one_row_do_not_see_each_other": [(ContinuationsMixed, "that must not see each other")],
     "padding_on_the_right_changes_nothing": [(PaddingAttended, "padding changes the hidden states")],
     "a_batch_equals_its_sequences_one_by_one": [(ImagesSortedBySize, "of a batch of mixed images differs")],
@@ -243,6 +295,7 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (NoTransformersModel, "gave Module; expected a PreTrainedModel"),
         (HeadAsAMatrix, r"lm_head\(\) gave Parameter"),
     ],
+    "every_weight_belongs_to_a_part": [(OneUnknownPart, "gave {'head'}"), (NothingSees, "a part that sees")],
     "the_context_length_is_known_once_the_model_is_loaded": [(ContextUnknown, "context_length is None")],
     "the_same_seed_loads_the_same_weights_into_an_independent_copy": [
         (OneModelForAll, "changes another"),
@@ -293,7 +346,7 @@ def test_a_mutant_is_caught(check: str, mutant: type[Healthy], message: str) -> 
         getattr(Suite(mutant), f"test_{check}")()
 
 
-@pytest.mark.parametrize("made", [Healthy, TinyAdapter])
+@pytest.mark.parametrize("made", [Healthy, TinyAdapter, WithItsOwn])
 def test_a_healthy_adapter_passes(made: type[TinyAdapter]) -> None:
     check_model_adapter(lambda: made(ModelConfig(from_scratch="tiny")))
 

@@ -55,9 +55,7 @@ class SmolVLM(TransformersAdapter):
         return tiny_model(str(self.config.from_scratch), self.tokenizer)
 
     def load(self) -> PreTrainedModel:
-        end = self.end_of_turn[0]
         model = super().load()
-        self.end_of_turn = (end, *(token for token in self.end_of_turn if token != end))
         self._check_tiles(model)
         return model
 
