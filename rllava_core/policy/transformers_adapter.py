@@ -134,7 +134,12 @@ class TransformersAdapter:
         expanded = pieces[0] + "".join(
             self.image_text(item) + piece for item, piece in zip(features, pieces[1:], strict=True)
         )
-        return (*([] if continues else self._opening(expanded)), *self._tokens(expanded))
+        if not continues:
+            return (*self._opening(expanded), *self._tokens(expanded))
+        # With the end of the turn before it, which is taken off again: SentencePiece writes the beginning of a text
+        # differently from its middle.
+        end = self.tokenizer.decode([self.end_of_turn[0]])
+        return tuple(self._tokens(end + expanded)[1:])
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
