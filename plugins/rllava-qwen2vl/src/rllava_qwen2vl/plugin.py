@@ -7,7 +7,7 @@ from rllava_core import ComponentSpec, PluginInfo, hookimpl
 
 @hookimpl
 def rllava_plugin_info() -> PluginInfo:
-    return PluginInfo(summary="The Qwen2-VL model family.")
+    return PluginInfo(summary="The Qwen2-VL, Qwen2.5-VL and Qwen3-VL model families.")
 
 
 @hookimpl
@@ -17,7 +17,7 @@ def rllava_models() -> list[ComponentSpec]:
             name="qwen2vl",
             target="rllava_qwen2vl.adapter:Qwen2VL",
             config="rllava_qwen2vl.config:Qwen2VLOptions",
-            summary="Qwen2-VL: dynamic resolution, M-RoPE; `from_scratch: tiny` builds 0.2M random weights.",
+            summary="Qwen2-VL, Qwen2.5-VL, Qwen3-VL: dynamic resolution, M-RoPE; `from_scratch: tiny`: 0.2M weights.",
             provides=frozenset({"heads"}),
         )
     ]
