@@ -58,7 +58,9 @@ class ModelSuite(Conformance):
         config = getattr(adapter, "config", None) if adapter is not None else self.config()
         if not isinstance(config, ModelConfig):
             raise SkipTest("the adapter was made without a ModelConfig, so its options cannot be changed")
-        changed: ModelAdapter = made(type(config).model_validate({**config.model_dump(), **changes}))
+        # A path takes the place of whatever says where the model comes from.
+        origins = dict.fromkeys(config.origins) if "path" in changes else {}
+        changed: ModelAdapter = made(type(config).model_validate({**config.model_dump(), **origins, **changes}))
         return changed
 
     def loaded(self, seed: int = 0) -> tuple[ModelAdapter, PreTrainedModel]:

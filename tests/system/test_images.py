@@ -42,6 +42,41 @@ def test_pictures_of_many_sizes_and_several_in_a_prompt_train(
         assert set(answers) <= {"red", "green", "blue"}
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "{adapter: qwen2vl, from_scratch: tiny-qwen2.5}",
+        "{adapter: qwen2vl, from_scratch: tiny-qwen3-moe}",
+        "{adapter: llava, from_scratch: tiny-onevision}",
+        "{adapter: smolvlm, from_scratch: tiny, split_images: true}",
+    ],
+)
+@pytest.mark.parametrize("counts", [(0, 1, 2, 3), (0,)], ids=["mixed", "text"])
+def test_no_one_and_many_pictures_in_a_batch_train(
+    run_rllava: Run,
+    picture_task: Path,
+    tmp_path: Path,
+    write_examples: Callable[..., Path],
+    model: str,
+    counts: tuple[int],
+) -> None:
+    package = f"rllava_{model.split()[1].strip(',')}"
+    pytest.importorskip(package, reason=f"{package.replace('_', '-')} is not installed")
+    sizes = [(40, 30), (64, 64), (33, 57), (60, 24)]
+    for name in ("train.jsonl", "test.jsonl"):
+        write_examples(name, [(counts[number % len(counts)], sizes[number % 4]) for number in range(8)])
+
+    result = run_rllava("train", "task.yaml", f"model={model}", "training.steps=2", "--run-dir", "run")
+
+    assert result.exit_code == 0, result.output
+    lines = metrics(tmp_path / "run")
+    assert all(line["policy/logprob_gap"] < 1e-4 for line in lines[1:])
+    assert all(line["policy/grad_norm"] > 0 for line in lines[1:])
+    looked = [line["image/influence"] for line in lines if "image/influence" in line]
+    assert len(looked) == (2 if any(counts) else 0)
+    assert all(influence > 1e-3 for influence in looked)
+
+
 def test_a_folder_of_classes_trains(run_rllava: Run, tmp_path: Path) -> None:
     for name, shade in (("dark", 20), ("bright", 230)):
         (tmp_path / "shades" / name).mkdir(parents=True)

@@ -48,9 +48,6 @@ class Composed(ModelAdapterConformance):
         composed = towers.compose(self.vision, self.language, connector=self.connector, queries=5)
         self.options = MappingProxyType({"compose": composed})
 
-    def create_with(self, **changes: Any) -> Any:
-        return super().create_with(**changes, **({"compose": None} if changes.get("path") else {}))
-
 
 class TestComposed(Composed):
     __test__ = True

@@ -53,7 +53,7 @@ class Workbench:
     """Makes adapters, policies, pictures and trajectories, and says what transformers alone says of them."""
 
     def adapter(self, **options: Any) -> Counting:
-        return Counting(Qwen2VLOptions(**({} if "path" in options else {"from_scratch": "tiny"}), **options))
+        return Counting(Qwen2VLOptions(**({} if "path" in options else {"from_scratch": "tiny"}) | options))
 
     def policy(self, temperature: float = 1.0, precise: bool = False, **options: Any) -> Policy:
         torch.manual_seed(0)

@@ -54,6 +54,35 @@ def test_transformers_loads_what_was_saved_and_computes_the_same_bits(bench: Any
             assert torch.equal(loaded(**inputs).logits, model(**expected).logits)
 
 
+@pytest.mark.parametrize("preset", ["tiny-qwen2.5", "tiny-qwen3", "tiny-qwen3-moe"])
+def test_the_later_families_go_to_transformers_and_come_back(bench: Any, preset: str, tmp_path: Path) -> None:
+    adapter = bench.adapter(from_scratch=preset)
+    model = adapter.load().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    adapter.save(model, tmp_path / "ours")
+
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    loaded.save_pretrained(tmp_path / "theirs")
+    processor.save_pretrained(tmp_path / "theirs")
+    again = bench.adapter(path=str(tmp_path / "theirs"))
+    back = again.load().eval()
+
+    assert type(loaded) is type(model) is type(back)
+    assert type(processor) is type(adapter.processor)
+    for messages in bench.conversations().values():
+        inputs = bench.processed(adapter, messages)
+        theirs = bench.processed(again, messages)
+        assert set(inputs) == set(theirs)
+        assert all(torch.equal(theirs[name], values) for name, values in inputs.items())
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            assert torch.equal(loaded(**inputs).logits, expected)
+            assert torch.equal(back(**inputs).logits, expected)
+
+
 def test_the_checkpoint_holds_safetensors_and_no_pickle(checkpoint: Path) -> None:
     names = {path.name for path in checkpoint.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names

@@ -1,0 +1,1 @@
+"""Any image-text-to-text model of transformers for rllava."""

@@ -1,0 +1,23 @@
+"""What this package provides; imports nothing heavy."""
+
+from __future__ import annotations
+
+from rllava_core import ComponentSpec, PluginInfo, hookimpl
+
+
+@hookimpl
+def rllava_plugin_info() -> PluginInfo:
+    return PluginInfo(summary="Any image-text-to-text model of transformers, checked when it is loaded.")
+
+
+@hookimpl
+def rllava_models() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            name="auto",
+            target="rllava_auto.adapter:Auto",
+            config="rllava_auto.config:AutoOptions",
+            summary="Any `AutoModelForImageTextToText` whose positions count up; refused if a probe finds a difference.",
+            provides=frozenset({"heads"}),
+        )
+    ]
