@@ -37,7 +37,7 @@ lists the keys of a config.
 """
 
 PROTOCOLS: dict[Kind, list[type]] = {
-    "model": [adapter.ModelAdapter],
+    "model": [adapter.ModelAdapter, adapter.OwnProcessor],
     "algorithm": [protocol.Algorithm, policy_gradient.PolicyGradient],
     "reward": [rewards.Reward],
     "engine": [engines.TrainEngine, engines.RolloutEngine],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_what_cannot_be_trained_is_one_clear_message(model: dict[str, Any], mess
     assert done.exit_code == 2, done.output
     assert message in " ".join(done.output.split())
     assert "Traceback" not in done.output
+
+
+def test_lora_without_peft_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = write(tmp_path, {"language": "lora"})
+
+    done = run("train", config, "--run-dir", tmp_path / "run")
+
+    assert done.exit_code == 2, done.output
+    assert "pip install 'rllava-core[lora]'" in " ".join(done.output.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_part_that_the_model_has_not(tmp_path: Path) -> None:
