@@ -17,7 +17,7 @@ def rllava_models() -> list[ComponentSpec]:
             name="auto",
             target="rllava_auto.adapter:Auto",
             config="rllava_auto.config:AutoOptions",
-            summary="Any `AutoModelForImageTextToText` whose positions count up; refused if a probe finds a difference.",
+            summary="Any `AutoModelForImageTextToText` whose positions count up; a probe refuses all others.",
             provides=frozenset({"heads"}),
         )
     ]

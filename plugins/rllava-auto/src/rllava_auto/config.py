@@ -1,0 +1,17 @@
+"""Options of the generic adapter. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rllava_core.policy.config import ModelConfig
+
+
+class AutoOptions(ModelConfig):
+    """`model: {adapter: auto, …}`"""
+
+    from_scratch: Literal["tiny"] | None = Field(
+        default=None, description="the real architecture and processor of InternVL with 0.2M random weights"
+    )

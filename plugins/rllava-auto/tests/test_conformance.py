@@ -1,0 +1,56 @@
+"""The conformance suite on the preset, and on checkpoints of families of several designs."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import pytest
+
+from rllava_core.testing import ModelAdapterConformance
+
+
+class TestInternVL(ModelAdapterConformance):
+    """Images that are not square are cut into crops."""
+
+    component = "auto"
+
+
+class TestEagerAttention(ModelAdapterConformance):
+    component = "auto"
+    options = MappingProxyType({"from_scratch": "tiny", "attention": "eager"})
+
+
+class OfAFamily(ModelAdapterConformance):
+    """On a checkpoint that transformers alone wrote."""
+
+    component = "auto"
+    family: ClassVar[str]
+
+    @pytest.fixture(scope="class", autouse=True)
+    def _written(self, request: Any, checkpoints: Any) -> None:
+        request.cls.options = {"path": checkpoints.path(self.family)}
+
+
+class TestLlavaOnevision(OfAFamily):
+    """Tiles of different numbers are padded."""
+
+    family = "llava_onevision"
+
+
+class TestSmolVLM(OfAFamily):
+    """Tiles that the text names by row and column."""
+
+    family = "smolvlm"
+
+
+class TestMistral3(OfAFamily):
+    """Images keep their sizes, and are padded to the largest."""
+
+    family = "mistral3"
+
+
+class TestAyaVision(OfAFamily):
+    """The placeholder in the text is not the token of an image feature."""
+
+    family = "aya_vision"
