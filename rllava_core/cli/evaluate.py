@@ -65,7 +65,7 @@ def evaluate(
     with build_parts(resolved, weights, learning=False) as parts:
         chunk = training.prompts_per_step * parts.algorithm.group_size
         if weights is not None and parts.policy.heads:
-            restore_heads(weights, parts.policy)
+            restore_heads(weights, parts.policy, acting=True)
         behaviour = parts.algorithm.behaviour()
         result = run(
             parts.task,

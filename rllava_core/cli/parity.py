@@ -37,12 +37,12 @@ def parity(
     from rllava_core.cli.display import quiet_libraries
     from rllava_core.training.build import build_parts
     from rllava_core.training.evaluation import held_out
-    from rllava_core.training.parity import TOLERANCE, measure
+    from rllava_core.training.parity import measure, tolerance_of
 
     quiet_libraries()
     with build_parts(resolved, learning=False) as parts:
         if tolerance is None:
-            tolerance = TOLERANCE[str(parts.policy.model.dtype).removeprefix("torch.")]
+            tolerance = tolerance_of(parts, resolved.run.training.temperature)
         seed = resolved.run.training.seed
         result = measure(parts, held_out(parts.task, examples, seed), seed, tolerance)
     if output is not None:

@@ -33,7 +33,9 @@ class LoraOptions(Options):
     alpha: int = Field(default=32, ge=1, description="what is added to a weight is B·A·alpha/rank")
     dora: bool = Field(default=False, description="adapt magnitude and direction apart (arXiv:2402.09353)")
     targets: tuple[str, ...] | None = Field(
-        default=None, description="last names of the linear layers to adapt, such as q_proj; all of them if not set"
+        default=None,
+        description="last names of the linear layers to adapt, such as q_proj; all of them if not set (experts that "
+        "are no linear layers of their own stay as they are)",
     )
 
 
@@ -67,4 +69,10 @@ class ModelConfig(Options):
         if sum(getattr(self, name) is not None for name in self.origins) != 1:
             names = [f"`{name}`" + (f" ({_ORIGINS[name]})" if name in _ORIGINS else "") for name in self.origins]
             raise ValueError(f"set either {' or '.join(names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_is_read(self) -> ModelConfig:
+        if self.lora != LoraOptions() and "lora" not in (self.train.vision, self.train.connector, self.train.language):
+            raise ValueError("lora is set, and train asks for it in no part: set train, such as {language: lora}")
         return self

@@ -40,6 +40,9 @@ def set_trained(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConf
     for name, parameter in model.named_parameters():
         part = adapter.part_of(name.replace(".base_layer.", "."))
         parameter.requires_grad_(_LORA in name or ways[part] == "full")
+        if _LORA in name:
+            # In half precision most steps of a usual size would be rounded away.
+            parameter.data = parameter.data.float()
 
 
 def is_adapted(model: nn.Module) -> bool:

@@ -51,6 +51,9 @@ class TransformersAdapter:
         if self.tokenizer.pad_token_id is None or self.tokenizer.eos_token_id is None:
             raise ModelError(f"model {self.origin}: its tokenizer names no pad_token or no eos_token; set both in it")
         self.pad_token = int(self.tokenizer.pad_token_id)
+        # Others that were added, such as <think>, are words like any other.
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._special = {str(token) for token in added if token.special} | {self.placeholder, *self.placeholders}
         # Known once the model is loaded, which holds the generation config and the size of the vocabulary. A family
         # whose turns end otherwise sets the first end of turn itself.
         self.end_of_turn: tuple[int, ...] = (int(self.tokenizer.eos_token_id),)
@@ -107,7 +110,8 @@ class TransformersAdapter:
             raise ModelError(
                 f"model {self.origin}: the tokenizer has {len(self.tokenizer)} tokens, the model {text.vocab_size}"
             )
-        self.context_length = _longest(text)
+        _refuse_sliding(text, self.origin)
+        self.context_length = int(text.max_position_embeddings)
         assert model.generation_config is not None
         ends = model.generation_config.eos_token_id
         listed = ends if isinstance(ends, list) else [ends] if ends is not None else []
@@ -138,8 +142,10 @@ class TransformersAdapter:
             return (*self._opening(expanded), *self._tokens(expanded))
         # With the end of the turn before it, which is taken off again: SentencePiece writes the beginning of a text
         # differently from its middle.
-        end = self.tokenizer.decode([self.end_of_turn[0]])
-        return tuple(self._tokens(end + expanded)[1:])
+        tokens = self._tokens(self.tokenizer.decode([self.end_of_turn[0]]) + expanded)
+        if tokens[0] != self.end_of_turn[0]:
+            raise ModelError(f"model {self.origin}: its tokenizer does not read its own end of turn as one token")
+        return tuple(tokens[1:])
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
@@ -222,10 +228,10 @@ class TransformersAdapter:
     def _continuation(self, conversation: list[dict[str, Any]]) -> str:
         """What the template writes after an assistant's turn, found by writing one with an answer of our own."""
         before = [{"role": role, "content": [{"type": "text", "text": _ANSWER}]} for role in ("user", "assistant")]
-        head, found, rest = self._template([*before, *conversation]).rpartition(_ANSWER)
-        end = self.tokenizer.decode([self.end_of_turn[0]])
-        # Everything up to the end of the assistant's turn must be the same whatever follows.
-        if not found or head.count(_ANSWER) != 1 or not rest.startswith(end):
+        # What was asked, what was answered, and the rest, in which the same words may stand again.
+        pieces = self._template([*before, *conversation]).split(_ANSWER, 2)
+        end, rest = self.tokenizer.decode([self.end_of_turn[0]]), pieces[-1]
+        if len(pieces) != 3 or not rest.startswith(end):
             raise ModelError(
                 f"model {self.origin}: its chat template does not end an assistant's turn with {end!r}, so that "
                 "conversations of several turns cannot be continued; set task.history to 1"
@@ -239,7 +245,7 @@ class TransformersAdapter:
                 content.append({"type": "image"})
                 continue
             assert isinstance(part, TextPart)
-            special = next((token for token in self.tokenizer.get_added_vocab() if token in part.text), None)
+            special = next((token for token in self._special if token in part.text), None)
             if special is not None:
                 raise DataError(f"text {part.text[:80]!r} contains the model's special token {special!r}; remove it")
             content.append({"type": "text", "text": part.text})
@@ -286,8 +292,13 @@ class TransformersAdapter:
             raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None
 
 
-def _longest(text: Any) -> int:
-    """The longest sequence: of the positions, and of a sliding window, for a mask of ours sees beyond it."""
-    longest, window = int(text.max_position_embeddings), getattr(text, "sliding_window", None)
+def _refuse_sliding(text: Any, origin: str) -> None:
+    """transformers counts a window in places of the cache, padding included, and so would leave out what is near."""
+    window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ("sliding",)
-    return longest if window is None or not any("sliding" in kind for kind in kinds) else min(longest, int(window))
+    if window is not None and any("sliding" in kind for kind in kinds):
+        raise ModelError(
+            f"model {origin}: its language model attends to a sliding window of {window} tokens, which batches of "
+            "conversations cannot keep to yet; if no sequence of yours is longer, set sliding_window to null, and "
+            "layer_types to full_attention, in its config.json: the model computes the same"
+        )

@@ -88,7 +88,7 @@ def build_task(resolved: ResolvedConfig) -> Task:
 def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, learning: bool = True) -> Parts:
     """Load the model, or the weights of a checkpoint, and put everything together.
 
-    learning: off for evaluation alone, which needs no copies of the policy.
+    learning: off for evaluation alone, which needs no copies of the policy and no critic.
 
     Data are read before any weight is loaded, so that their errors come at once.
     """
@@ -99,7 +99,9 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
         task.examples("train")
     algorithm: Algorithm = resolved.algorithm.create()
     observation = _first_observation(task, run.training.seed)
-    heads = {name: _sized(head, observation, resolved) for name, head in algorithm.heads.items()}
+    # Nobody acts by a critic with a trunk of its own.
+    declared = {name: head for name, head in algorithm.heads.items() if learning or not head.own_trunk}
+    heads = {name: _sized(head, observation, resolved) for name, head in declared.items()}
 
     def policy_of(model: Resolved) -> Policy:
         # Heads take their initial values from the same stream whether or not the weights come from a checkpoint.

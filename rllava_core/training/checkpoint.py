@@ -77,8 +77,10 @@ def restore(checkpoint: Path, parts: Parts) -> Progress:
         return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))
 
 
-def restore_heads(checkpoint: Path, policy: Policy) -> None:
+def restore_heads(checkpoint: Path, policy: Policy, *, acting: bool = False) -> None:
     """The heads, by which a policy may act, and their trunk.
+
+    acting: the policy has only those heads of its algorithm that it may act by.
 
     Raises ConfigError for those of another algorithm, TrainingError for a damaged checkpoint.
     """
@@ -86,6 +88,9 @@ def restore_heads(checkpoint: Path, policy: Policy) -> None:
         state = load_tree(checkpoint / "resume" / "policy")
         found = {name: tuple(weights.shape) for name, weights in state["heads"].items()}
         expected = {name: tuple(weights.shape) for name, weights in policy.extra_state()["heads"].items()}
+        if acting:
+            state["heads"] = {name: weights for name, weights in state["heads"].items() if name in expected}
+            found = {name: shape for name, shape in found.items() if name in expected} or found
         if found != expected:
             raise ConfigError(
                 f"checkpoint {checkpoint} has the heads {found or 'of no algorithm'}, and the algorithm has "

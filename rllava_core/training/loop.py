@@ -290,7 +290,7 @@ class _Run:
         if self.training.unseen_images == "ignore":
             return {}
         with self.parts.trainer.autocast():
-            metrics = probe(self.parts.policy, self.parts.media, trajectories)
+            metrics = probe(self.parts.policy, self.parts.media, trajectories, self.training.micro_batch_tokens)
         problem = unseen(metrics)
         if problem is not None and self.training.unseen_images == "stop":
             raise TrainingError(f"step {step}: {problem}; set training.unseen_images to warn to go on all the same")

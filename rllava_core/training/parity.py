@@ -7,6 +7,7 @@ images, without cache, padding, sharing or positions of ours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -33,6 +34,9 @@ from rllava_core.training.seeds import derive
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.02}
 """Nats. Half precision rounds every layer differently in every order of computation."""
 
+GROUP = 4
+"""Answers to every prompt about pictures."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -54,7 +58,7 @@ class Decision:
     def gap(self) -> float:
         """The largest difference between two of them."""
         found = [self.sampled, self.recomputed, *([] if self.plain is None else [self.plain])]
-        return max(found) - min(found)
+        return max(found) - min(found) if all(map(math.isfinite, found)) else math.inf
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,15 @@ class Gallery:
         return Image.from_array(pixels, f"picture of {shape[0]}×{shape[1]}")
 
 
+def tolerance_of(parts: Parts, temperature: float) -> float:
+    """Rounding of the precision that is computed in, which a low temperature magnifies."""
+    device = parts.policy.device.type
+    with parts.trainer.autocast():
+        lowered = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if lowered else parts.policy.model.dtype
+    return TOLERANCE[str(dtype).removeprefix("torch.")] / min(1.0, temperature)
+
+
 def measure(parts: Parts, starts: Sequence[Start], seed: int, tolerance: float) -> Parity:
     """Compare on episodes of the task that begin at `starts`, and on a few conversations about pictures."""
     limits = parts.episodes.limits
@@ -148,19 +161,21 @@ def measure(parts: Parts, starts: Sequence[Start], seed: int, tolerance: float) 
         Limits(min(limits.max_new_tokens, 16), 2, None, limits.history),
     )
     pictures = [Start(None, number) for number in range(Gallery.COUNT)]
-    played = [*parts.episodes.play(starts, 1, derive(seed, 0)), *gallery.play(pictures, 1, derive(seed, 1))]
-    names = [*(start.name for start in starts), *(f"pictures {number}" for number in range(Gallery.COUNT))]
-    if len(played) != len(names):
+    # Groups, whose answers stand beside each other in the rows of a batch.
+    played = [*parts.episodes.play(starts, 1, derive(seed, 0)), *gallery.play(pictures, GROUP, derive(seed, 1))]
+    shown = [f"pictures {number}" for number in range(Gallery.COUNT)]
+    names = [start.name for start in starts]
+    if len(played) != len(names) + GROUP * len(shown):
         raise ConfigError("an environment failed before its first turn was done; `rllava eval` says which")
     with parts.trainer.autocast():
-        decisions = _decisions(parts, played, names)
+        decisions = _decisions(parts, played, [*names, *(name for name in shown for _ in range(GROUP))])
         observations = [
             *_observations(parts, starts),
             *(pictured().reset(seed=n, example=None) for n in range(Gallery.COUNT)),
         ]
         prompts = [
             _prompt(parts, name, observation, min(limits.max_new_tokens, 16))
-            for name, observation in zip(names, observations, strict=True)
+            for name, observation in zip([*names, *shown], observations, strict=True)
         ]
     return Parity(tuple(decisions), tuple(prompts), tolerance)
 
@@ -241,7 +256,8 @@ def _generated(policy: Policy, prompt: ContextSegment, max_tokens: int) -> list[
 def _observations(parts: Parts, starts: Sequence[Start]) -> list[Observation]:
     found = []
     for observation in parts.task.environments.reset(list(starts)):
-        assert not isinstance(observation, Failure), "it began once already"
+        if isinstance(observation, Failure):
+            raise ConfigError(f"an environment that had begun once did not begin again: it {observation.what}")
         found.append(observation)
     return found
 

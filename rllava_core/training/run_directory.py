@@ -24,7 +24,10 @@ from rllava_core.training import checkpoint
 from rllava_core.training.storage import unfinished, write_text, writing
 
 # What may differ when a run is resumed: none of it changes the steps that were already done.
-_MAY_CHANGE = ("steps", "eval_every", "eval_episodes", "save_every", "keep_checkpoints", "sample_every", "trackers")
+_MAY_CHANGE = (
+    *("steps", "eval_every", "eval_episodes", "save_every", "keep_checkpoints", "sample_every"),
+    *("unseen_images", "trackers"),
+)
 
 
 class RunDirectory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rllava_core.algorithms.protocol import Batch
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.trajectory import ContextSegment, Segment, Trajectory
 from rllava_core.policy.adapter import ModelAdapter, Part
@@ -23,33 +25,47 @@ UNSEEN = 1e-6
 """Nats. The same tokens in the same batch are computed alike, so what comes of an unseen image is rounding at most."""
 
 
-def probe(policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def probe(
+    policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory], micro_batch_tokens: int = 16_384
+) -> dict[str, float]:
     """Metrics `image/…` of the first episodes that show an image; empty if none does.
 
     swapped, blanked: mean |change| of the log-probs of what was decided (nats), when each image becomes another of the
         same size from these episodes (left out if there is none), or a plain grey one.
     influence: the largest of these changes, and of those of the policy's heads.
-    gradient_vision, gradient_connector: norm of the gradient of the mean log-prob with respect to the part's weights,
-        where they are trained.
+    gradient_vision, gradient_connector: norm of the gradient of the mean log-prob of the first micro-batch with respect
+        to the part's weights, where they are trained.
     """
     shown = [item for item in trajectories if any(_images(item))][:EPISODES]
     if not shown:
         return {}
     found: dict[str, float] = {}
     with torch.no_grad():
-        seen = _forward(policy, media, shown)
+        seen = _forward(policy, media, shown, micro_batch_tokens)
         influence = 0.0
         for name, replaced in (("swapped", _swapped(shown)), ("blanked", _with_images(shown, _blank))):
             if replaced is None:
                 continue
-            other = _forward(policy, media, replaced)
+            other = _forward(policy, media, replaced, micro_batch_tokens)
             found[f"image/{name}"] = float((other.logprobs - seen.logprobs).abs().mean())
             changes = [other.logprobs - seen.logprobs, *(other.heads[key] - seen.heads[key] for key in seen.heads)]
-            influence = max(influence, *(float(change.abs().max()) for change in changes))
-    return {**found, "image/influence": influence, **_gradients(policy, media, shown)}
+            largest = float(torch.stack([change.abs().max() for change in changes]).max())
+            influence = largest if math.isnan(largest) else max(influence, largest)
+    first = next(iter(Batch(tuple(shown), {}).split(micro_batch_tokens))).trajectories
+    return {**found, "image/influence": influence, **_gradients(policy, media, first)}
 
 
-def _forward(policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory]) -> PolicyOutput:
+def _forward(policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory], tokens: int) -> PolicyOutput:
+    """Log-probs and heads of all, computed a micro-batch at a time."""
+    outputs = [_packed(policy, media, part.trajectories) for part in Batch(tuple(trajectories), {}).split(tokens)]
+    return PolicyOutput(
+        torch.cat([output.logprobs for output in outputs]),
+        torch.cat([output.entropies for output in outputs]),
+        {name: torch.cat([output.heads[name] for output in outputs]) for name in policy.heads},
+    )
+
+
+def _packed(policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory]) -> PolicyOutput:
     builder = BatchBuilder(policy.adapter, media)
     for trajectory in trajectories:
         builder.add_trajectory(trajectory)
@@ -64,7 +80,7 @@ def _gradients(policy: Policy, media: MediaStore, trajectories: Sequence[Traject
         return {}
     with torch.enable_grad():
         # Not by `backward`, which would leave its gradients to the next step.
-        mean = _forward(policy, media, trajectories).logprobs.mean()
+        mean = _packed(policy, media, trajectories).logprobs.mean()
         gradients = iter(torch.autograd.grad(mean, weights, allow_unused=True))
     norms = {}
     for part, members in parts.items():
@@ -129,7 +145,7 @@ def _with_images(trajectories: Sequence[Trajectory], other: Callable[[Image], Im
 
 def unseen(metrics: Mapping[str, float]) -> str | None:
     """What to tell the user if images have no influence on the answers."""
-    if metrics.get("image/influence", 1.0) > UNSEEN:
+    if not metrics.get("image/influence", 1.0) <= UNSEEN:
         return None
     return (
         "the images have no influence on the answers: other images, or none, give the very same log-probs. Do the "

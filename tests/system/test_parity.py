@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,64 @@ def test_wrong_positions_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Differs: log-probs differ by" in words(result)
     assert "allowed are 0.0001" in words(result)
     assert "8 of 8 prompts are what" in words(result)
+
+
+def test_numbers_that_are_none_are_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rllava_core.training import parity as module
+
+    own = module._sequence
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        return own(*arguments) * torch.nan
+
+    monkeypatch.setattr(module, "_sequence", broken)
+
+    result = parity(EXAMPLES / "digits.yaml", "--examples", 1)
+
+    assert result.exit_code == 1
+    assert "log-probs differ by inf nats" in words(result)
+
+
+def test_half_precision_is_given_more_room() -> None:
+    """In a process of its own: accelerate's precision is one for a whole process."""
+    options = ["--examples", "1", "engine.train={name: local, mixed_precision: bf16}"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from rllava_core.cli import main; main()",
+            "parity",
+            EXAMPLES / "digits.yaml",
+            *options,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+
+    assert "5 of 5 prompts" in done.stdout, done.stdout + done.stderr
+    assert "log-probs differ" not in done.stdout
+
+
+def test_answers_of_a_group_stand_in_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the masks of trees would not be compared."""
+    from rllava_core.policy.batch import BatchBuilder
+
+    build, seen = BatchBuilder.build, []
+
+    def remembered(self: Any) -> Any:
+        batch = build(self)
+        seen.append(batch.tree_sees is not None)
+        return batch
+
+    monkeypatch.setattr(BatchBuilder, "build", remembered)
+
+    result = parity(EXAMPLES / "digits.yaml", "task.history=1", "task.max_new_tokens=4")
+
+    assert result.exit_code == 0, result.output
+    assert any(seen)
 
 
 def test_another_prompt_than_the_processors_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,8 @@ def run(*arguments: object) -> Result:
 def write(directory: Path, train: dict[str, str], **changes: Any) -> Path:
     path = directory / "task.yaml"
     config = {**CONFIG, **changes}
-    config["model"] = {**CONFIG["model"], "train": train, "lora": {"rank": 4}, **changes.get("model", {})}
+    lora = {"lora": {"rank": 4}} if "lora" in train.values() else {}
+    config["model"] = {**CONFIG["model"], "train": train, **lora, **changes.get("model", {})}
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
@@ -70,7 +71,7 @@ def first_weights(config: Path) -> tuple[dict[str, Tensor], set[str], Any]:
     path = config.with_name("plain.yaml")
     plain = yaml.safe_load(config.read_text(encoding="utf-8"))
     for key in ("train", "lora"):
-        plain["model"].pop(key)
+        plain["model"].pop(key, None)
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
     with build_parts(load(path, (), load_plugins())) as parts:
         model = parts.policy.model
@@ -154,6 +155,27 @@ def test_an_evaluation_of_a_run_with_adapters_finds_what_the_run_found(tmp_path:
     assert sum(json.loads(line)["success"] for line in answers) / 20 == last["eval/success_rate"]
 
 
+def test_a_separate_critic_with_adapters_is_left_out_of_an_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("rllava_ppo", reason="rllava-ppo is not installed")
+    config = write(tmp_path, MIXED, algorithm={"name": "ppo", "group_size": 4, "critic": "separate"})
+    assert run("train", config, "--run-dir", tmp_path / "run").exit_code == 0
+
+    done = run("eval", tmp_path / "run")
+
+    assert done.exit_code == 0, done.output
+
+
+def test_adapters_are_trained_in_full_precision(tmp_path: Path) -> None:
+    """In bfloat16 most of their steps would be rounded away."""
+    config = write(tmp_path, EVERYWHERE, model={"dtype": "bfloat16", "train": EVERYWHERE})
+    with build_parts(load(config, (), load_plugins())) as parts:
+        kinds = {name: item.dtype for name, item in parts.policy.model.named_parameters()}
+    assert {kinds[name] for name in kinds if ".lora_" in name} == {torch.float32}
+    assert {kinds[name] for name in kinds if ".base_layer." in name} == {torch.bfloat16}
+    done = run("train", config, "training.steps=1", "--run-dir", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+
+
 def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
     """The reference policy of a model with adapters is the base: it costs its own adapters, and no more."""
     algorithm = {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1}
@@ -177,6 +199,7 @@ def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
         ({"train": {"vison": "lora"}}, "vison"),
         ({"train": {"vision": "half"}}, "'full', 'lora' or 'frozen'"),
         ({"lora": {"rank": 0}}, "model.lora.rank"),
+        ({"train": {}, "lora": {"rank": 8}}, "train asks for it in no part"),
     ],
 )
 def test_what_cannot_be_trained_is_one_clear_message(model: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,33 @@ def test_a_policy_that_sees_by_its_values_alone_is_not_blind(monkeypatch: pytest
 
     assert found["image/blanked"] == 0
     assert found["image/influence"] > UNSEEN
+
+
+def test_what_is_no_number_is_not_called_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure of another kind, which the training step names."""
+    policy = tiny_policy()
+    played = play(policy, choice_scripts())
+    monkeypatch.setattr(policy.model.lm_head, "weight", torch.nn.Parameter(policy.model.lm_head.weight * torch.nan))
+
+    found = probe(policy, MediaStore(policy.adapter), played)
+
+    assert math.isnan(found["image/influence"])
+    assert unseen(found) is None
+
+
+def test_a_probe_is_computed_in_micro_batches() -> None:
+    policy = tiny_policy()
+    played = play(policy, choice_scripts(), group_size=2)
+    sizes: list[int] = []
+    policy.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].prefix_tokens.numel()))
+
+    small = probe(policy, MediaStore(policy.adapter), played, micro_batch_tokens=30)
+    most, _ = max(sizes), sizes.clear()
+    large = probe(policy, MediaStore(policy.adapter), played)
+
+    assert most <= 30 < max(sizes)
+    for name in ("image/blanked", "image/influence"):
+        assert small[name] == pytest.approx(large[name], abs=1e-5)
 
 
 def test_text_alone_is_no_cause_for_alarm() -> None:

@@ -120,7 +120,7 @@ def mistral3() -> tuple[Any, Any]:
         chat_template=template("[IMG]"),
     )
     config = hf.Mistral3Config(
-        text_config=language(words, "mistral"),
+        text_config=language(words, "mistral", sliding_window=None),
         vision_config={**VISION, "model_type": "pixtral", "patch_size": 4, "head_dim": 16},
         spatial_merge_size=2,
         image_token_id=words.convert_tokens_to_ids("[IMG]"),
@@ -182,6 +182,13 @@ def mistral3_sliding() -> tuple[Any, Any]:
     """Sees eight tokens back."""
     processor, config = mistral3()
     config.text_config.sliding_window = 8
+    return processor, config
+
+
+def mistral3_short() -> tuple[Any, Any]:
+    """Has room for eight tokens."""
+    processor, config = mistral3()
+    config.text_config.max_position_embeddings = 8
     return processor, config
 
 
@@ -250,7 +257,7 @@ def idefics2() -> tuple[Any, Any]:
     )
     perceiver = {"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16}
     config = hf.Idefics2Config(
-        text_config=language(words, "mistral"),
+        text_config=language(words, "mistral", sliding_window=None),
         vision_config=VISION,
         perceiver_config={**perceiver, "hidden_size": 64, "num_key_value_heads": 2, "initializer_range": RANGE},
         image_token_id=words.convert_tokens_to_ids("<image>"),
@@ -261,7 +268,7 @@ def idefics2() -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     make.__name__: make
     for make in (llava_onevision, smolvlm, mistral3, aya_vision, qwen2_vl, gemma3, paligemma, idefics2)
-} | {make.__name__: make for make in (llava_of_one_turn, llava_hybrid, mistral3_sliding)}
+} | {make.__name__: make for make in (llava_of_one_turn, llava_hybrid, mistral3_sliding, mistral3_short)}
 
 
 class Checkpoints:

@@ -116,6 +116,11 @@ def test_images_that_are_not_seen_prove_nothing(checkpoints: Any) -> None:
 
 def test_a_context_that_holds_no_image_is_refused(checkpoints: Any) -> None:
     with pytest.raises(ModelError, match="more than the 8 tokens of its context"):
+        adapter(path=checkpoints.path("mistral3_short")).load()
+
+
+def test_a_sliding_window_is_refused(checkpoints: Any) -> None:
+    with pytest.raises(ModelError, match="a sliding window of 8 tokens"):
         adapter(path=checkpoints.path("mistral3_sliding")).load()
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AddedToken
 
 from rllava_core.errors import DataError, InvariantError, ModelError
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.messages import Message
+from rllava_core.mdp.messages import Message, TextPart
 from rllava_core.mdp.trajectory import ContextSegment
 from rllava_core.policy.batch import BatchBuilder
 from rllava_core.policy.media import MediaStore
@@ -197,3 +198,23 @@ def test_limits_on_pixels_are_those_of_the_processor_that_is_saved(bench: Any, t
     loaded = AutoProcessor.from_pretrained(tmp_path).image_processor(images=[picture.to_pil()], return_tensors="pt")
 
     assert torch.equal(loaded["pixel_values"], adapter.preprocess(picture)["pixel_values"])
+
+
+def test_a_later_observation_may_say_anything(bench: Any) -> None:
+    """The words that the adapter itself finds the end of a turn by, too."""
+    adapter = bench.adapter()
+    said = (Message.user("An answer. of one word, please"),)
+    before = (Message.user("Go!"),)
+    whole = adapter.render((*before, Message("assistant", (TextPart("yes"),)), *said), ())
+    first = adapter.render(before, ())
+    answer = (*adapter.encode("yes"), adapter.end_of_turn[0])
+    assert first + answer + adapter.render(said, (), continues=True) == whole
+
+
+def test_words_that_were_added_to_a_tokenizer_may_be_asked_about(bench: Any) -> None:
+    """<think> is one token of later families, and no special one."""
+    adapter = bench.adapter()
+    adapter.tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    adapter.render((Message.user("Write <think> first."),), ())
+    with pytest.raises(DataError, match="special token"):
+        adapter.render((Message.user("Write <|im_end|> first."),), ())

@@ -128,7 +128,7 @@ class _Probe:
         if pictured is None:
             raise ModelError(
                 f"{self.name} cannot be checked: a conversation about one small image takes more than the "
-                f"{self.adapter.context_length} tokens of its context (its positions, or a sliding window)"
+                f"{self.adapter.context_length} tokens of its context"
             )
         return pictured, self._talk(Message.user("Two and two?"), Message.user("Why?") if goes_on else None)
 
