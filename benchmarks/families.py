@@ -29,7 +29,7 @@ FAMILIES = {
     "LLaVA-OneVision": "{adapter: llava, from_scratch: tiny-onevision}",
     "SmolVLM": "{adapter: smolvlm, from_scratch: tiny}",
     "Idefics3": "{adapter: smolvlm, from_scratch: tiny-idefics3}",
-    "InternVL (any)": "{adapter: auto, from_scratch: tiny}",
+    "InternVL (any)": "{adapter: anyvlm, from_scratch: tiny}",
 }
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
-from rllava_auto.config import AutoOptions
-from rllava_auto.parts import beginnings, part_of
-from rllava_auto.probe import probe
-from rllava_auto.tiny import tiny_model, tiny_processor
+from rllava_anyvlm.config import AnyVLMOptions
+from rllava_anyvlm.parts import beginnings, part_of
+from rllava_anyvlm.probe import probe
+from rllava_anyvlm.tiny import tiny_model, tiny_processor
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Message, Observation
@@ -24,7 +24,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 """What processors say of the text. All else that they make is of the images."""
 
 
-class Auto(TransformersAdapter):
+class AnyVLM(TransformersAdapter):
     """A family that nobody wrote an adapter for.
 
     What an image becomes, in the text and in pixels, is what the family's own processor makes of a text that is
@@ -32,11 +32,11 @@ class Auto(TransformersAdapter):
     one is assumed here, and compared with the family's own forward whenever a model is loaded.
     """
 
-    config: AutoOptions
+    config: AnyVLMOptions
 
     _image_id: int | None = None
 
-    def __init__(self, config: AutoOptions) -> None:
+    def __init__(self, config: AnyVLMOptions) -> None:
         super().__init__(config)
         # Known once the model is loaded.
         self._parts: Mapping[str, Part] = {"": "language"}

@@ -14,9 +14,9 @@ def rllava_plugin_info() -> PluginInfo:
 def rllava_models() -> list[ComponentSpec]:
     return [
         ComponentSpec(
-            name="auto",
-            target="rllava_auto.adapter:Auto",
-            config="rllava_auto.config:AutoOptions",
+            name="anyvlm",
+            target="rllava_anyvlm.adapter:AnyVLM",
+            config="rllava_anyvlm.config:AnyVLMOptions",
             summary="Any `AutoModelForImageTextToText` whose positions count up; a probe refuses all others.",
             provides=frozenset({"heads"}),
         )

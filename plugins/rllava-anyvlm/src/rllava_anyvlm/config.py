@@ -9,8 +9,8 @@ from pydantic import Field
 from rllava_core.policy.config import ModelConfig
 
 
-class AutoOptions(ModelConfig):
-    """`model: {adapter: auto, …}`"""
+class AnyVLMOptions(ModelConfig):
+    """`model: {adapter: anyvlm, …}`"""
 
     from_scratch: Literal["tiny"] | None = Field(
         default=None, description="the real architecture and processor of InternVL with 0.2M random weights"

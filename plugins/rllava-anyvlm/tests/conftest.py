@@ -12,7 +12,7 @@ import transformers as hf
 
 from rllava_core.policy.scratch import byte_vocabulary
 
-# Large enough that places are told apart, see rllava_auto.tiny.
+# Large enough that places are told apart, see rllava_anyvlm.tiny.
 RANGE = 0.15
 SQUARE = {"height": 32, "width": 32}
 VISION: dict[str, Any] = {

@@ -13,9 +13,9 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
-from rllava_auto.adapter import Auto
-from rllava_auto.config import AutoOptions
-from rllava_auto.parts import beginnings, part_of
+from rllava_anyvlm.adapter import AnyVLM
+from rllava_anyvlm.config import AnyVLMOptions
+from rllava_anyvlm.parts import beginnings, part_of
 from rllava_core.cli import rllava
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
@@ -25,8 +25,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 RIGHT = ("llava_onevision", "smolvlm", "mistral3", "aya_vision", "llava_of_one_turn")
 
 
-def adapter(**options: Any) -> Auto:
-    return Auto(AutoOptions(**({} if "path" in options else {"from_scratch": "tiny"}) | options))
+def adapter(**options: Any) -> AnyVLM:
+    return AnyVLM(AnyVLMOptions(**({} if "path" in options else {"from_scratch": "tiny"}) | options))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,28 +57,28 @@ def test_a_family_that_it_would_compute_wrongly_is_refused(
 
 
 def test_the_command_line_says_so(checkpoints: Any, tmp_path: Path) -> None:
-    model = f"model={{adapter: auto, path: {checkpoints.path('gemma3')}}}"
+    model = f"model={{adapter: anyvlm, path: {checkpoints.path('gemma3')}}}"
     example = Path(__file__).parents[3] / "examples" / "digits.yaml"
     done = CliRunner().invoke(rllava, ["train", str(example), model, "--run-dir", str(tmp_path / "run")])
     assert done.exit_code == 2
     assert "The family needs an adapter of its own" in " ".join(done.output.split())
 
 
-class Counting(Auto):
+class Counting(AnyVLM):
     """Positions that go on from the middle of an image, as M-RoPE's do."""
 
     def positions(self, tokens: Any, features: Any, start: int) -> Any:
         return super().positions(tokens, features, start) - (len(tokens) // 2 if start else 0)
 
 
-class Confusing(Auto):
+class Confusing(AnyVLM):
     """The images of a batch in another order."""
 
     def collate(self, features: Any) -> Any:
         return super().collate(features[::-1])
 
 
-class Forgetful(Auto):
+class Forgetful(AnyVLM):
     """A mask that is to be added is taken for one of tokens."""
 
     def hidden_states(self, model: Any, *, attention_mask: torch.Tensor, **inputs: Any) -> Any:
@@ -86,7 +86,7 @@ class Forgetful(Auto):
         return super().hidden_states(model, attention_mask=mask, **inputs)
 
 
-class Shouting(Auto):
+class Shouting(AnyVLM):
     """A head that does not give the model's logits."""
 
     def lm_head(self, model: Any) -> Any:
@@ -102,11 +102,11 @@ class Shouting(Auto):
         (Shouting, "read in one piece,"),
     ],
 )
-def test_each_way_of_reading_is_compared(kind: type[Auto], what: str) -> None:
+def test_each_way_of_reading_is_compared(kind: type[AnyVLM], what: str) -> None:
     """The ways in which a family may differ, one at a time."""
     torch.manual_seed(0)
     with pytest.raises(ModelError, match=what):
-        kind(AutoOptions(from_scratch="tiny")).load()
+        kind(AnyVLMOptions(from_scratch="tiny")).load()
 
 
 def test_images_that_are_not_seen_prove_nothing(checkpoints: Any) -> None:

@@ -25,7 +25,7 @@ from rllava_core.mdp.messages import Message, Observation
 from rllava_core.policy.adapter import Features
 
 if TYPE_CHECKING:
-    from rllava_auto.adapter import Auto
+    from rllava_anyvlm.adapter import AnyVLM
 
 Result = TypeVar("Result")
 
@@ -75,14 +75,14 @@ class Talk:
         return sum(self.pieces[1:], start=self.pieces[0])
 
 
-def probe(adapter: Auto, model: PreTrainedModel) -> None:
+def probe(adapter: AnyVLM, model: PreTrainedModel) -> None:
     """Raises ModelError for a model that the adapter would compute wrongly, or that cannot be compared."""
     with _undisturbed(model), torch.no_grad():
         _Probe(adapter, model).run()
 
 
 class _Probe:
-    def __init__(self, adapter: Auto, model: PreTrainedModel) -> None:
+    def __init__(self, adapter: AnyVLM, model: PreTrainedModel) -> None:
         self.adapter = adapter
         self.model = model
         self.name = f"model {adapter.origin}: a {model.config.model_type!r}, which"

@@ -13,18 +13,18 @@ from rllava_core.testing import ModelAdapterConformance
 class TestInternVL(ModelAdapterConformance):
     """Images that are not square are cut into crops."""
 
-    component = "auto"
+    component = "anyvlm"
 
 
 class TestEagerAttention(ModelAdapterConformance):
-    component = "auto"
+    component = "anyvlm"
     options = MappingProxyType({"from_scratch": "tiny", "attention": "eager"})
 
 
 class OfAFamily(ModelAdapterConformance):
     """On a checkpoint that transformers alone wrote."""
 
-    component = "auto"
+    component = "anyvlm"
     family: ClassVar[str]
 
     @pytest.fixture(scope="class", autouse=True)
