@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,6 +14,7 @@ from rllava_core.errors import TrainingError
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.logprobs import at_least_float32, chunked_logprobs, log_softmax_of
+from rllava_core.policy.memory import Memory, give_back, growing_cache, selected
 from rllava_core.policy.trained import is_adapted, load_part_state, part_state, trained_names
 
 
@@ -46,27 +46,6 @@ class PolicyOutput:
     entropies: Tensor
     heads: Mapping[str, Tensor]
     final: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What the model keeps of N contexts that it has read, so that their continuations need not read them again.
-
-    last: [N, H] hidden state at the end of each.
-    cache: their keys and values.
-    mask: [N, S] which entries of the cache are theirs.
-    next_position: [N] where a continuation of each starts.
-    """
-
-    last: Tensor
-    cache: DynamicCache
-    mask: Tensor
-    next_position: Tensor
-
-    def continued(self, rows: Tensor) -> Memory:
-        """These rows, with a cache that can be added to while this one stays as it is."""
-        cache = selected(self.cache, rows, len(self.mask))
-        return Memory(self.last[rows], cache, self.mask[rows], self.next_position[rows])
 
 
 class Policy(nn.Module):
@@ -120,11 +99,16 @@ class Policy(nn.Module):
         )
 
     def prefill(self, batch: PolicyBatch, memory: Memory | None = None) -> Memory:
-        """Read the prefixes of a batch, which begin conversations or continue rows of a memory.
+        """Read the prefixes of a batch, which begin conversations or continue rows of a memory. For sampling: without
+        gradients.
 
         The memory given is left as it is.
         """
-        return self._prefill(self.model, batch, memory)
+        if memory is None:
+            return self._prefill(self.model, batch, growing_cache(self.model.config), batch.prefix_mask)
+        cache = selected(memory.cache, batch.prefix_seen, len(memory.mask))
+        mask = torch.cat([memory.mask[batch.prefix_seen], batch.prefix_mask], dim=1)
+        return self._prefill(self.model, batch, cache, mask)
 
     def choice_logprobs(self, batch: PolicyBatch, memory: Memory) -> Tensor:
         """[U, C] log-probs of all choices in each state with choices; -inf where a state has fewer.
@@ -136,8 +120,8 @@ class Policy(nn.Module):
 
     def context_heads(self, batch: PolicyBatch) -> dict[str, Tensor]:
         """Outputs of all heads at the end of each prefix of a batch, [P, size] each."""
-        last = self._prefill(self.model, batch, None).last
-        trunk_last = last if self.trunk is None else self._prefill(self.trunk, batch, None).last
+        last = self._read(self.model, batch).last
+        trunk_last = last if self.trunk is None else self._read(self.trunk, batch).last
         return {name: self._head(name, trunk_last if name in self.separate else last) for name in self.heads}
 
     def next_token_logprobs(self, hidden: Tensor) -> Tensor:
@@ -171,14 +155,13 @@ class Policy(nn.Module):
 
     def _states(self, model: PreTrainedModel, batch: PolicyBatch) -> Tensor:
         """[R, H]: every prefix and every tree once; then the states that are read."""
-        return self._continue(model, batch, self._prefill(model, batch, None))
+        return self._continue(model, batch, self._read(model, batch))
 
-    def _prefill(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory | None) -> Memory:
-        if memory is None:
-            cache, mask = DynamicCache(config=model.config), batch.prefix_mask
-        else:
-            cache = selected(memory.cache, batch.prefix_seen, len(memory.mask))
-            mask = torch.cat([memory.mask[batch.prefix_seen], batch.prefix_mask], dim=1)
+    def _read(self, model: PreTrainedModel, batch: PolicyBatch) -> Memory:
+        """Of the prefixes, with a cache that gradients flow through."""
+        return self._prefill(model, batch, DynamicCache(config=model.config), batch.prefix_mask)
+
+    def _prefill(self, model: PreTrainedModel, batch: PolicyBatch, cache: DynamicCache, mask: Tensor) -> Memory:
         hidden = self.adapter.hidden_states(
             model,
             tokens=batch.prefix_tokens,
@@ -196,30 +179,22 @@ class Policy(nn.Module):
         states = [memory.last]
         if batch.tree_prefix.numel():
             before = memory.mask[batch.tree_prefix]
+            cache = selected(memory.cache, batch.tree_prefix, len(memory.mask))
             trees = self.adapter.hidden_states(
                 model,
                 tokens=batch.tree_tokens,
                 attention_mask=_tree_mask(batch, before, model.dtype),
                 positions=batch.tree_positions,
                 media=batch.tree_media,
-                cache=selected(memory.cache, batch.tree_prefix, len(memory.mask)),
+                cache=cache,
             )
+            give_back(cache, batch.tree_tokens.shape[1])
             states.append(trees.flatten(0, 1))
         return torch.cat(states)[batch.read_from]
 
     def _score(self, batch: PolicyBatch, states: Tensor) -> tuple[Tensor, Tensor]:
         head = self.adapter.lm_head(self.model)
         return chunked_logprobs(states, head, batch.scored_read, batch.scored_token, self.forbidden, self.temperature)
-
-
-def selected(cache: DynamicCache, rows: Tensor, count: int) -> DynamicCache:
-    """A cache of these rows of another of `count` rows, which stays as it is."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    # Layers replace their tensors when they grow, so those of all rows, in their order, need not be copied.
-    if not torch.equal(rows, torch.arange(count, device=rows.device)):
-        chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _tree_mask(batch: PolicyBatch, before: Tensor, dtype: torch.dtype) -> Tensor:

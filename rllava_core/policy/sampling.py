@@ -15,7 +15,8 @@ from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.checks import check_length
 from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Memory, Policy
+from rllava_core.policy.memory import Memory, give_back
+from rllava_core.policy.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def _decode(
     limit = torch.tensor(limits, device=rows.device)
     ends = torch.tensor(adapter.end_of_turn, device=rows.device)
     axes = batch.prefix_positions.shape[0]
+    written = 0
     for step in range(max(limits)):
         tokens = _draw(logprobs, generator)
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
@@ -264,6 +266,8 @@ def _decode(
         )
         logprobs = policy.next_token_logprobs(hidden[:, -1])
         position = position + 1
+        written += 1
+    give_back(cache, written)
     return answers
 
 
