@@ -57,12 +57,19 @@ class ModelConfig(Options):
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     train: TrainedParts = Field(default_factory=TrainedParts, description="what of the model is trained, and how")
     lora: LoraOptions = Field(default_factory=LoraOptions, description="the adapters of parts trained by `lora`")
+    quantization: Literal["none", "nf4"] = Field(
+        default="none",
+        description="nf4: hold the linear layers of a language model trained by `lora` in 4 bits (QLoRA, "
+        "arXiv:2305.14314)",
+    )
 
     def loading(self, checkpoint: str) -> Self:
-        """The same options for a checkpoint that was written by a run with them, low-rank adapters merged."""
+        """The same options for a checkpoint that was written by a run with them: low-rank adapters merged, no layer
+        quantized."""
         merged = {part: "full" for part, way in self.train.model_dump().items() if way == "lora"}
         train = self.train.model_copy(update=merged)
-        return self.model_copy(update=dict.fromkeys(self.origins) | {"path": checkpoint, "train": train})
+        changes = dict.fromkeys(self.origins) | {"path": checkpoint, "train": train, "quantization": "none"}
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -75,4 +82,15 @@ class ModelConfig(Options):
     def _lora_is_read(self) -> ModelConfig:
         if self.lora != LoraOptions() and "lora" not in (self.train.vision, self.train.connector, self.train.language):
             raise ValueError("lora is set, and train asks for it in no part: set train, such as {language: lora}")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_adapted(self) -> ModelConfig:
+        if self.quantization != "none" and self.train.language != "lora":
+            raise ValueError(
+                f"quantization is {self.quantization}, and what is quantized cannot be trained itself: set "
+                "train: {language: lora}, or quantization: none"
+            )
+        if self.quantization != "none" and self.lora.dora:
+            raise ValueError("lora.dora needs weights that are not quantized: set quantization: none, or dora: false")
         return self

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from rllava_core.errors import ConfigError, ModelError, TrainingError
 from rllava_core.policy.adapter import ModelAdapter, Part
 from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.quantized import IS_QUANTIZED, is_quantized, plain_linear, quantize
 
 _LORA = ".lora_"
 """In the names of all weights of PEFT's LoRA, those of DoRA included."""
@@ -34,6 +35,8 @@ def set_trained(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConf
         if ways[part] != "full":
             raise ModelError(f"model.train.{part} is {ways[part]!r}, and this model has no {part} part")
     adapted = {part for part, way in ways.items() if way == "lora"}
+    if config.quantization != "none":
+        quantize(model, _linear_layers(model, adapter, {"language"}))
     if adapted:
         _add_lora(model, adapter, config, adapted)
     # Afterwards, for PEFT freezes whatever is no adapter.
@@ -113,12 +116,7 @@ def _add_lora(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConfig
         raise ConfigError(
             f"model.train asks for LoRA, which needs PEFT ({error}): pip install 'rllava-core[lora]'"
         ) from None
-    head = adapter.lm_head(model)
-    targets: dict[Part, list[str]] = {part: [] for part in parts}
-    for name, module in model.named_modules():
-        # The language head stays as it is, as embeddings do.
-        if isinstance(module, nn.Linear) and module is not head and adapter.part_of(f"{name}.weight") in parts:
-            targets[adapter.part_of(f"{name}.weight")].append(name)
+    targets = {part: _linear_layers(model, adapter, {part}) for part in parts}
     wanted = config.lora.targets
     if wanted is not None:
         targets = {part: [name for name in names if name.split(".")[-1] in wanted] for part, names in targets.items()}
@@ -137,20 +135,47 @@ def _add_lora(model: PreTrainedModel, adapter: ModelAdapter, config: ModelConfig
     inject_adapter_in_model(lora, model)
 
 
+def _linear_layers(model: PreTrainedModel, adapter: ModelAdapter, parts: set[Part]) -> list[str]:
+    """Names of the linear layers of these parts. The language head is none of them: it stays as embeddings do."""
+    head = adapter.lm_head(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and adapter.part_of(f"{name}.weight") in parts
+    ]
+
+
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy without adapters that computes the same. Weights without an adapter are shared, not copied."""
+    """A copy without adapters that computes the same, and holds nothing quantized. Weights that are neither adapted nor
+    quantized are shared, not copied."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: dict[str, Any] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            layer: Any = copy.deepcopy(module)
-            layer.merge()
-            layers[name] = layer.get_base_layer()
+            layers[name] = _merged_layer(module)
+        elif is_quantized(module) and not name.endswith(".base_layer"):  # one that `lora.targets` left out
+            layers[name] = plain_linear(module)
     parameters = {id(item): item for item in model.parameters()}
     plain = copy.deepcopy(model, memo=parameters)
     for name, layer in layers.items():
         owner, _, attribute = name.rpartition(".")
         setattr(plain.get_submodule(owner), attribute, layer)
     del plain.peft_config
+    if hasattr(plain, IS_QUANTIZED):
+        delattr(plain, IS_QUANTIZED)
     return plain
+
+
+def _merged_layer(adapted: Any) -> nn.Module:
+    base = adapted.get_base_layer()
+    if is_quantized(base):
+        plain = plain_linear(base)
+        # Added in the precision of the adapters, and rounded once.
+        delta = adapted.get_delta_weight("default")
+        plain.weight.data = (plain.weight.to(delta.dtype) + delta).to(plain.weight.dtype)
+        return plain
+    layer = copy.deepcopy(adapted)
+    layer.merge()
+    merged: nn.Module = layer.get_base_layer()
+    return merged

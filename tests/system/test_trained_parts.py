@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText
 from rllava_core.cli import rllava
 from rllava_core.config import load
 from rllava_core.plugins import load_plugins
+from rllava_core.policy.trained import save_model
 from rllava_core.training.build import build_parts
 
 STEPS = 10
@@ -46,6 +47,7 @@ LANGUAGE = {"vision": "frozen", "connector": "frozen", "language": "lora"}
 EVERYWHERE = {"vision": "lora", "connector": "lora", "language": "lora"}
 MIXED = {"vision": "frozen", "connector": "full", "language": "lora"}
 SEEING = {"vision": "frozen"}
+QUANTIZED = {"quantization": "nf4"}
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +72,7 @@ def first_weights(config: Path) -> tuple[dict[str, Tensor], set[str], Any]:
     """Of the model that training begins with: its weights, those of them that are linear layers', its adapter."""
     path = config.with_name("plain.yaml")
     plain = yaml.safe_load(config.read_text(encoding="utf-8"))
-    for key in ("train", "lora"):
+    for key in ("train", "lora", "quantization"):
         plain["model"].pop(key, None)
     path.write_text(yaml.safe_dump(plain), encoding="utf-8")
     with build_parts(load(path, (), load_plugins())) as parts:
@@ -86,9 +88,15 @@ def last_checkpoint(directory: Path) -> Path:
     return directory / "checkpoints" / f"step-{STEPS:06d}"
 
 
-@pytest.mark.parametrize("train", [LANGUAGE, EVERYWHERE, MIXED, SEEING], ids=["language", "all", "mixed", "frozen"])
-def test_exactly_what_is_trained_changes(train: dict[str, str], tmp_path: Path) -> None:
-    config = write(tmp_path, train)
+@pytest.mark.parametrize(
+    ("train", "further"),
+    [(LANGUAGE, {}), (EVERYWHERE, {}), (MIXED, {}), (MIXED, QUANTIZED), (SEEING, {})],
+    ids=["language", "all", "mixed", "quantized", "frozen"],
+)
+def test_exactly_what_is_trained_changes(train: dict[str, str], further: dict[str, Any], tmp_path: Path) -> None:
+    if further:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = write(tmp_path, train, model=further)
     before, linear, adapter = first_weights(config)
 
     done = run("train", config, "--run-dir", tmp_path / "run")
@@ -111,15 +119,21 @@ def test_exactly_what_is_trained_changes(train: dict[str, str], tmp_path: Path) 
         assert set(names) == {name for name in linear if train.get(adapter.part_of(name)) == "lora"}
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
-def test_a_run_with_adapters_is_resumed_exactly(algorithm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "further"),
+    [("grpo", {}), ("grpo", QUANTIZED), ("ppo", {})],
+    ids=["grpo", "grpo quantized", "ppo"],
+)
+def test_a_run_with_adapters_is_resumed_exactly(algorithm: str, further: dict[str, Any], tmp_path: Path) -> None:
     """With a reference policy, and with a critic that has adapters of its own."""
     chosen = {
         "grpo": {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1},
         "ppo": {"name": "ppo", "group_size": 4, "kl_coefficient": 0.1, "critic": "separate"},
     }[algorithm]
     pytest.importorskip(f"rllava_{algorithm}", reason=f"rllava-{algorithm} is not installed")
-    config = write(tmp_path, MIXED, algorithm=chosen)
+    if further:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = write(tmp_path, MIXED, algorithm=chosen, model=further)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = run("train", config, "--run-dir", whole)
     assert done.exit_code == 0, done.output
@@ -176,10 +190,42 @@ def test_adapters_are_trained_in_full_precision(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
 
 
-def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_quantized_layers_take_a_half_byte_a_weight_and_a_merged_checkpoint_computes_what_they_do(
+    dtype: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    # Of the layers, one kind has adapters and the others are quantized alone.
+    model = {"train": LANGUAGE, "lora": {"rank": 4, "targets": ["q_proj"]}, "dtype": dtype, **QUANTIZED}
+    config = write(tmp_path, LANGUAGE, model=model)
+    torch.manual_seed(0)
+    with build_parts(load(config, (), load_plugins())) as parts:
+        held = parts.policy.model
+        for name, item in held.named_parameters():
+            if ".lora_B" in name:  # zero at first
+                torch.nn.init.normal_(item, std=0.1)
+        layers = [item for name, item in held.named_modules() if type(item).__name__ == "Linear4bit"]
+        plain = [item for item in layers if not hasattr(item, "lora_A")]
+        assert len(plain) == 7 * held.config.get_text_config().num_hidden_layers
+        for layer in plain:
+            state = layer.weight.quant_state
+            scales = state.absmax.nbytes
+            assert layer.weight.nbytes + scales <= (0.5 + 1 / 64) * layer.in_features * layer.out_features + 8
+        save_model(held, tmp_path / "saved", parts.adapter)
+        saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=dtype).eval()
+        tokens = torch.randint(0, 250, (2, 12))
+        with torch.no_grad():
+            gap = (held(input_ids=tokens).logits - saved(input_ids=tokens).logits).abs().max()
+    assert gap < {"float32": 1e-5, "bfloat16": 0.1}[dtype]  # of logits of up to 4.7
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_copies_share_what_is_not_trained(quantization: str, tmp_path: Path) -> None:
     """The reference policy of a model with adapters is the base: it costs its own adapters, and no more."""
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     algorithm = {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1}
-    config = write(tmp_path, EVERYWHERE, algorithm=algorithm)
+    config = write(tmp_path, EVERYWHERE, algorithm=algorithm, model={"quantization": quantization})
     with build_parts(load(config, (), load_plugins())) as parts:
         reference = parts.trainer._copies["reference"]  # type: ignore[attr-defined]
         ours = dict(parts.policy.named_parameters())
@@ -188,7 +234,7 @@ def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
             assert (item is ours[name]) == (name not in trained), name
         assert all(".lora_" in name for name in trained)
         size = sum(item.numel() for item in ours.values())
-        assert sum(ours[name].numel() for name in trained) < 0.2 * size
+        assert quantization != "none" or sum(ours[name].numel() for name in trained) < 0.2 * size
 
 
 @pytest.mark.parametrize(
@@ -200,6 +246,9 @@ def test_copies_share_what_is_not_trained(tmp_path: Path) -> None:
         ({"train": {"vision": "half"}}, "'full', 'lora' or 'frozen'"),
         ({"lora": {"rank": 0}}, "model.lora.rank"),
         ({"train": {}, "lora": {"rank": 8}}, "train asks for it in no part"),
+        ({"quantization": "nf4"}, "what is quantized cannot be trained itself"),
+        ({"quantization": "int4"}, "'none' or 'nf4'"),
+        ({"train": LANGUAGE, "lora": {"dora": True}, "quantization": "nf4"}, "lora.dora needs weights that are not"),
     ],
 )
 def test_what_cannot_be_trained_is_one_clear_message(model: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -212,14 +261,20 @@ def test_what_cannot_be_trained_is_one_clear_message(model: dict[str, Any], mess
     assert "Traceback" not in done.output
 
 
-def test_lora_without_peft_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    config = write(tmp_path, {"language": "lora"})
+@pytest.mark.parametrize(
+    ("missing", "model", "extra"), [("peft", {}, "lora"), ("bitsandbytes", QUANTIZED, "qlora")], ids=["lora", "qlora"]
+)
+def test_what_is_not_installed(
+    missing: str, model: dict[str, Any], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, f"{missing}.nn", None)
+    config = write(tmp_path, {"language": "lora"}, model=model)
 
     done = run("train", config, "--run-dir", tmp_path / "run")
 
     assert done.exit_code == 2, done.output
-    assert "pip install 'rllava-core[lora]'" in " ".join(done.output.split())
+    assert f"pip install 'rllava-core[{extra}]'" in " ".join(done.output.split())
     assert not (tmp_path / "run").exists()
 
 
