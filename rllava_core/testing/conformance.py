@@ -14,6 +14,7 @@ not apply raises `unittest.SkipTest`, which pytest understands; one that fails r
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -154,16 +155,10 @@ class Conformance:
         if where is None:
             raise SkipTest("the component has no options")
         module = where.partition(":")[0]
-        script = (
-            f"import sys; sys.path[:] = {sys.path!r}; import {module}; "
-            "print(*({'torch', 'transformers'} & set(sys.modules)))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, errors="replace", timeout=300, check=False
-        )
-        require(done.returncode == 0, f"importing {module!r} alone fails: {done.stderr.strip()[-500:]}")
+        code, output, error = _imported_alone(module, tuple(sys.path))
+        require(code == 0, f"importing {module!r} alone fails: {error.strip()[-500:]}")
         # The last line: the module may print while it is imported.
-        heavy = done.stdout.splitlines()[-1].strip()
+        heavy = output.splitlines()[-1].strip()
         require(not heavy, f"importing {module!r} imports {heavy}, so checking a config would take seconds")
 
     def _config_model(self) -> Any:
@@ -171,6 +166,19 @@ class Conformance:
         if model is None:
             raise SkipTest("the component has no options")
         return model
+
+
+@functools.cache  # several suites may check one component with other options
+def _imported_alone(module: str, path: tuple[str, ...]) -> tuple[int, str, str]:
+    """Exit code, output and errors of a process that imports a module and says what heavy ones came with it."""
+    script = (
+        f"import sys; sys.path[:] = {list(path)!r}; import {module}; "
+        "print(*({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, errors="replace", timeout=300, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def checks_of(suite: type[Conformance]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pytest
@@ -14,11 +13,6 @@ class TestInternVL(ModelAdapterConformance):
     """Images that are not square are cut into crops."""
 
     component = "anyvlm"
-
-
-class TestEagerAttention(ModelAdapterConformance):
-    component = "anyvlm"
-    options = MappingProxyType({"from_scratch": "tiny", "attention": "eager"})
 
 
 class OfAFamily(ModelAdapterConformance):
@@ -36,12 +30,6 @@ class TestLlavaOnevision(OfAFamily):
     """Tiles of different numbers are padded."""
 
     family = "llava_onevision"
-
-
-class TestSmolVLM(OfAFamily):
-    """Tiles that the text names by row and column."""
-
-    family = "smolvlm"
 
 
 class TestMistral3(OfAFamily):

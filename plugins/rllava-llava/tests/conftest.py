@@ -178,3 +178,8 @@ class Towers:
 @pytest.fixture
 def towers(tmp_path: Path) -> Towers:
     return Towers(tmp_path / "towers")
+
+
+@pytest.fixture(scope="class")
+def towers_of_class(tmp_path_factory: pytest.TempPathFactory) -> Towers:
+    return Towers(tmp_path_factory.mktemp("towers"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -28,29 +28,27 @@ class TestLlavaOnevision(ModelAdapterConformance):
 
 class TestLlavaOnevisionUntiled(ModelAdapterConformance):
     component = "llava"
-    options = MappingProxyType({"from_scratch": "tiny-onevision", "tiling": False})
-
-
-class TestEagerAttention(ModelAdapterConformance):
-    component = "llava"
-    options = MappingProxyType({"from_scratch": "tiny-next", "attention": "eager"})
+    options = MappingProxyType({"from_scratch": "tiny-onevision", "tiling": False, "attention": "eager"})
 
 
 class Composed(ModelAdapterConformance):
-    """Of directories that are made for every check."""
+    """Of directories that are made for it."""
 
     component = "llava"
-    vision, language, connector = "siglip", "qwen2", "mlp"
+    vision: ClassVar[str]
+    language: ClassVar[str]
+    connector: ClassVar[str]
     __test__ = False
 
-    @pytest.fixture(autouse=True)
-    def _towers(self, towers: Any) -> None:
-        composed = towers.compose(self.vision, self.language, connector=self.connector, queries=5)
-        self.options = MappingProxyType({"compose": composed})
+    @pytest.fixture(scope="class", autouse=True)
+    def _towers(self, request: Any, towers_of_class: Any) -> None:
+        composed = towers_of_class.compose(self.vision, self.language, connector=self.connector, queries=5)
+        request.cls.options = MappingProxyType({"compose": composed})
 
 
 class TestComposed(Composed):
     __test__ = True
+    vision, language, connector = "dinov2", "qwen2", "linear"
 
 
 class TestComposedWithAResampler(Composed):
@@ -58,8 +56,3 @@ class TestComposedWithAResampler(Composed):
 
     __test__ = True
     vision, language, connector = "clip", "llama", "resampler"
-
-
-class TestComposedWithALinearConnector(Composed):
-    __test__ = True
-    vision, language, connector = "dinov2", "llama", "linear"

@@ -15,7 +15,7 @@ class TestSmolVLMInTiles(ModelAdapterConformance):
     """The three sizes of images become 4, 2 and 4 tiles, and the whole image behind them."""
 
     component = "smolvlm"
-    options = MappingProxyType({"from_scratch": "tiny", "split_images": True})
+    options = MappingProxyType({"from_scratch": "tiny", "split_images": True, "attention": "eager"})
 
 
 class TestManyTiles(ModelAdapterConformance):
@@ -26,16 +26,6 @@ class TestManyTiles(ModelAdapterConformance):
     image_sizes = ((16, 16), (4, 16), (16, 4))
 
 
-class TestEagerAttention(ModelAdapterConformance):
-    component = "smolvlm"
-    options = MappingProxyType({"from_scratch": "tiny", "attention": "eager", "split_images": True})
-
-
 class TestIdefics3(ModelAdapterConformance):
-    component = "smolvlm"
-    options = MappingProxyType({"from_scratch": "tiny-idefics3"})
-
-
-class TestIdefics3InTiles(ModelAdapterConformance):
     component = "smolvlm"
     options = MappingProxyType({"from_scratch": "tiny-idefics3", "split_images": True})
