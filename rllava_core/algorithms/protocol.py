@@ -60,8 +60,11 @@ class Batch:
         """The same batch with its columns on a device."""
         return Batch(self.trajectories, {name: column.to(device) for name, column in self.columns.items()})
 
-    def split(self, tokens: int) -> Iterator[Batch]:
-        """Micro-batches of whole trajectories of at most `tokens` tokens; what is shared in one counts once."""
+    def split(self, tokens: int, *, shared: bool = True) -> Iterator[Batch]:
+        """Micro-batches of whole trajectories of at most `tokens` tokens; what is shared in one counts once.
+
+        shared: off where it is read again for every trajectory.
+        """
         start = decisions = 0
         taken: list[Trajectory] = []
         count = _TokenCount()
@@ -69,7 +72,7 @@ class Batch:
             if taken and count.with_another(trajectory) > tokens:
                 yield self._slice(taken, start, start + decisions)
                 start, decisions, taken, count = start + decisions, 0, [], _TokenCount()
-            count.add(trajectory)
+            count.add(trajectory, shared=shared)
             taken.append(trajectory)
             decisions += trajectory.decisions
         if taken:
@@ -172,9 +175,10 @@ class _TokenCount:
         self._begun: set[object] = set()
         self._total = 0
 
-    def add(self, trajectory: Trajectory) -> None:
+    def add(self, trajectory: Trajectory, *, shared: bool) -> None:
         self._total = self.with_another(trajectory)
-        self._begun.update(_key(stretch) for stretch in stretches(trajectory.turns))
+        if shared:
+            self._begun.update(_key(stretch) for stretch in stretches(trajectory.turns))
 
     def with_another(self, trajectory: Trajectory) -> int:
         """The number of tokens if this one came to those that were added."""

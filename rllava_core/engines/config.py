@@ -16,6 +16,33 @@ class LocalTrainConfig(Options):
     mixed_precision: Literal["no", "bf16"] = Field(
         default="no", description="bf16: forward passes in bfloat16 over weights of `model.dtype`"
     )
+    prefix_sharing: bool = Field(
+        default=True, description="read what trajectories share once; false: once for each of them, to compare with"
+    )
+    checkpoint_activations: bool = Field(
+        default=False, description="keep what goes into each layer only, and compute the rest again in backward"
+    )
+    offload_activations: bool = Field(
+        default=False, description="keep what backward needs in host memory until it does"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        default="adamw",
+        description="adamw_8bit: states of one byte (arXiv:2110.02861, by bitsandbytes); adafactor: no first moment, "
+        "and the second by rows and columns (arXiv:1804.04235)",
+    )
+    optimizer_on_cpu: bool = Field(
+        default=False,
+        description="keep the optimizer's states, and float32 masters of weights in half precision, in host memory, "
+        "where every gradient goes as it is made",
+    )
+    stochastic_rounding: bool = Field(
+        default=False, description="round bfloat16 weights at random instead of keeping float32 masters of them"
+    )
+    step_in_backward: bool = Field(
+        default=False,
+        description="step on every weight as its gradient is made, so that there are never gradients of all; needs "
+        "training.max_grad_norm null, and one micro-batch a step",
+    )
 
 
 class LocalRolloutConfig(Options):

@@ -12,7 +12,9 @@ from accelerate import Accelerator
 
 from rllava_core.algorithms.protocol import Batch, LossFunction
 from rllava_core.engines.config import LocalTrainConfig
+from rllava_core.engines.offloading import kept_on_host
 from rllava_core.engines.protocol import TrainSetup
+from rllava_core.engines.updates import StreamedUpdate, Update, WholeUpdate, optimizer_of
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
@@ -32,14 +34,30 @@ class LocalTrainEngine:
         self._accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
-            lr=setup.training.learning_rate,
-            betas=setup.training.adam_betas,
-            weight_decay=setup.training.weight_decay,
-            fused=True,
-        )
-        self._wrapped, self._optimizer = self._accelerator.prepare(self.policy, optimizer)
+        _check_options(config, setup)
+        self._layout = {
+            "packed": config.checkpoint_activations or not config.prefix_sharing,
+            "shared": config.prefix_sharing,
+        }
+        self._offload = config.offload_activations
+        self.policy.recompute(config.checkpoint_activations)
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        make = optimizer_of(config, setup.training)
+        limit = setup.training.max_grad_norm
+        self._update: Update
+        if config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward:
+            self._wrapped = self._accelerator.prepare(self.policy)
+            self._update = StreamedUpdate(
+                trained,
+                make,
+                limit,
+                on_cpu=config.optimizer_on_cpu,
+                at_once=config.step_in_backward,
+                stochastic=config.stochastic_rounding,
+            )
+        else:
+            self._wrapped, optimizer = self._accelerator.prepare(self.policy, make(trained))
+            self._update = WholeUpdate(optimizer, self._clip, limit)
         # Dropout would make the log-probs of sampling and training differ.
         self.policy.eval()
         self._copies = dict(setup.copies)
@@ -49,30 +67,27 @@ class LocalTrainEngine:
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         metrics: dict[str, float] = defaultdict(float)
-        micro_batches = list(batch.split(self._training.micro_batch_tokens))
-        self._optimizer.zero_grad()
+        micro_batches = list(self._split(batch))
+        self._update.begin(len(micro_batches), learning_rate)
         for number, micro in enumerate(micro_batches):
             with self._without_reduction(number < len(micro_batches) - 1):
-                result = loss(micro.to(self.policy.device), self._wrapped(self._pack(micro.trajectories)))
+                with self._saving():
+                    result = loss(micro.to(self.policy.device), self._wrapped(self._pack(micro.trajectories)))
                 if not torch.isfinite(result.total):
                     raise TrainingError(f"the loss became {result.total.item()} on {_describe(micro)}")
                 self._accelerator.backward(result.total)
             for name, value in result.metrics.items():
                 metrics[name] += float(value)
-        limit = self._training.max_grad_norm
-        norm = self._accelerator.clip_grad_norm_(self.policy.parameters(), float("inf") if limit is None else limit)
-        if norm is None or not torch.isfinite(norm):
+        norm = self._update.finish()
+        if not torch.isfinite(norm):
             raise TrainingError(f"the gradient became non-finite on {_describe(batch)}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._optimizer.step()
         return {**metrics, "policy/grad_norm": float(norm), "policy/learning_rate": learning_rate}
 
     def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
         policy = self.policy if copy is None else self._copy(copy)
         with torch.no_grad(), self.autocast():
             # Packed as for a step, so that on unchanged weights a step finds the very same numbers.
-            micro_batches = Batch(tuple(trajectories), {}).split(self._training.micro_batch_tokens)
+            micro_batches = self._split(Batch(tuple(trajectories), {}))
             outputs = [policy(self._pack(micro.trajectories)) for micro in micro_batches]
             final = self._final(policy, trajectories)
         return PolicyOutput(
@@ -114,10 +129,10 @@ class LocalTrainEngine:
         # A copy that was never updated is the policy that training began with, which is made again from the config.
         names = trained_names(self.policy)
         copies = {name: part_state(self._copies[name], names) for name in sorted(self._updated)}
-        return {"optimizer": self._optimizer.state_dict(), "copies": copies}
+        return {"update": self._update.state_dict(), "copies": copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._update.load_state_dict(state["update"])
         for name, weights in state["copies"].items():
             load_part_state(self._copy(name), trained_names(self.policy), weights)
             self._updated.add(name)
@@ -128,16 +143,46 @@ class LocalTrainEngine:
             raise TrainingError(f"there is no copy {name!r} of the policy; the algorithm's `copies` are: {kept}")
         return self._copies[name]
 
+    def _split(self, batch: Batch) -> Iterator[Batch]:
+        return batch.split(self._training.micro_batch_tokens, shared=self._layout["shared"])
+
     def _pack(self, trajectories: Sequence[Trajectory]) -> PolicyBatch:
-        builder = BatchBuilder(self.policy.adapter, self._media)
+        builder = BatchBuilder(self.policy.adapter, self._media, **self._layout)
         for trajectory in trajectories:
             builder.add_trajectory(trajectory)
         return builder.build().to(self.policy.device)
+
+    def _clip(self, limit: float) -> torch.Tensor:
+        norm = self._accelerator.clip_grad_norm_(self.policy.parameters(), limit)
+        return torch.as_tensor(norm)
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        """Where what backward needs is kept."""
+        return kept_on_host(self.policy) if self._offload else nullcontext()
 
     def _without_reduction(self, postponed: bool) -> AbstractContextManager[Any]:
         """Gradients of all micro-batches but the last stay on their process."""
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped) if postponed else nullcontext()
         return context
+
+
+def _check_options(config: LocalTrainConfig, setup: TrainSetup) -> None:
+    """Raises ConfigError for options that contradict each other or the rest of the config."""
+    if config.step_in_backward and setup.training.max_grad_norm is not None:
+        raise ConfigError(
+            "engine.train.step_in_backward steps before all gradients are known, so that nothing can be clipped: set "
+            "training.max_grad_norm=null"
+        )
+    if config.step_in_backward and config.optimizer_on_cpu:
+        raise ConfigError(
+            "engine.train.step_in_backward and optimizer_on_cpu are two ways not to hold all gradients: choose one"
+        )
+    kinds = {item.dtype for item in setup.policy.parameters() if item.requires_grad}
+    if config.stochastic_rounding and torch.bfloat16 not in kinds:
+        raise ConfigError(
+            "engine.train.stochastic_rounding rounds to bfloat16, and no weight that is trained is one: set "
+            "model.dtype=bfloat16, or stochastic_rounding=false"
+        )
 
 
 def _chunks(

@@ -85,9 +85,10 @@ class ModelAdapter(Protocol):
         attention_mask: Tensor,  # [N, S + T], S tokens in the cache; or [N, 1, T, S + T]
         positions: Tensor,  # [axes, N, T]
         media: Mapping[str, Tensor],
-        cache: Cache,
+        cache: Cache | None,
     ) -> Tensor:
-        """[N, T, H] last hidden states (after the final norm); appends to `cache`. Differentiable.
+        """[N, T, H] last hidden states (after the final norm); appends to `cache`, or without one keeps nothing.
+        Differentiable.
 
         The mask says which tokens there are, 1 or 0, of which each sees those before it; or it is to be added to the
         scores of the attention as it is, 0 or the lowest number, because a row is a tree of continuations that do not

@@ -5,7 +5,9 @@ many decisions share their state. So a batch is a set of distinct *prefixes*, a 
 and *reads*: distinct positions whose hidden state is used. A tree is a row of distinct *branches*, each of which
 continues the prefix or another branch somewhere in its middle; a token of it sees the prefix and the branches that it
 goes on from, and not what grows beside it. The policy runs each prefix once, then all trees on top of the prefixes'
-key-value cache, and gradients flow through the cache. Every decision points at a read.
+key-value cache, and gradients flow through the cache. Every decision points at a read. In a *packed* batch a prefix
+is itself a branch, from which all others of its tree grow: the policy runs once, without a cache, which layers that are
+computed again in the backward pass could not fill.
 
 - A text decision is one token: its log-prob under the state that it was sampled in.
 - A choice is one decision: the scores of all choices (sums of their tokens' log-probs), normalised over the choices.
@@ -30,6 +32,9 @@ from rllava_core.policy.media import MediaStore
 
 T = TypeVar("T")
 
+ROOM = 1024
+"""Tokens that a tree of a packed batch may have behind its prefix, however short that is."""
+
 
 @dataclass(frozen=True)
 class PolicyBatch:
@@ -44,7 +49,7 @@ class PolicyBatch:
     prefix_positions: Tensor  # [axes, P, S]
     prefix_media: dict[str, Tensor]
     next_position: Tensor  # [P], where a continuation of each prefix starts
-    tree_prefix: Tensor  # [B], which prefix each tree continues
+    tree_prefix: Tensor  # [B], which prefix each tree continues; [0] in a packed batch, which has none
     tree_tokens: Tensor  # [B, T]
     tree_mask: Tensor  # [B, T]
     tree_sees: Tensor | None  # [B, T, T] bool, which tokens of its tree a token sees; None: all up to itself, in all
@@ -59,6 +64,10 @@ class PolicyBatch:
     decision_logprob: Tensor  # [D], into scored tokens, then the flattened [U, C] choices: [K + U·C]
     decision_entropy: Tensor  # [D], into reads, then states: [R + U]
 
+    @property
+    def packed(self) -> bool:
+        return len(self.prefix_tokens) == 0
+
     def to(self, device: torch.device) -> PolicyBatch:
         """The same batch on a device."""
 
@@ -71,12 +80,20 @@ class PolicyBatch:
 
 
 class BatchBuilder:
-    """Collects contexts, states and decisions, each distinct one once, and pads them into a `PolicyBatch`."""
+    """Collects contexts, states and decisions, each distinct one once, and pads them into a `PolicyBatch`.
 
-    def __init__(self, adapter: ModelAdapter, media: MediaStore) -> None:
+    packed: let trees begin with their prefixes, so that the batch needs no cache.
+    shared: off to share nothing between trajectories, for those who cannot and to compare with. Packed only.
+    """
+
+    def __init__(self, adapter: ModelAdapter, media: MediaStore, *, packed: bool = False, shared: bool = True) -> None:
+        assert packed or shared, "what shares nothing has no use for a cache"
         self._adapter = adapter
         self._media = media
-        self._prefixes = _Numbered[tuple[int, _Piece]]()  # (row of the memory or -1, what follows)
+        self._packed = packed
+        self._shared = shared
+        self._trajectories = 0
+        self._prefixes = _Numbered[_Prefix]()
         self._branches = _Numbered[_Branch]()
         self._reads = _Numbered[_Place]()
         self._scored = _Numbered[tuple[int, int]]()  # (read, token)
@@ -85,6 +102,9 @@ class BatchBuilder:
         # The members of a group repeat each other's prompts, answers and choices.
         self._known_pieces: dict[object, _Piece] = {}
         self._known_states: dict[object, int] = {}
+        # Of a packed batch: tokens that continue each prefix, by its trees; and the branches that do.
+        self._packed_trees: dict[int, list[int]] = {}
+        self._packed_branches: dict[tuple[int, _Piece], int] = {}
 
     def add_context(self, segments: Sequence[Segment], name: str, seen: int = -1, start: int = 0) -> int:
         """A whole context as one prefix. Returns its number; `name` is for messages.
@@ -92,11 +112,12 @@ class BatchBuilder:
         seen, start: where the policy has read the beginning before: the row of its memory, and the first position that
         is free; `segments` are then what follows.
         """
-        return self._prefixes.add((seen, self._piece(segments, start, name)))
+        owner = 0 if self._shared else self._trajectories
+        return self._prefixes.add(_Prefix(seen, self._piece(segments, start, name), owner))
 
     def add_choices(self, prefix: int, choices: Sequence[tuple[int, ...]]) -> int:
         """The state at the end of a prefix with its discrete actions as token ids. Returns the state's number."""
-        return self._state(prefix, None, 0, self._prefixes[prefix][1].next_position, choices)
+        return self._state(prefix, None, 0, self._prefixes[prefix].piece.next_position, choices)
 
     def add_trajectory(self, trajectory: Trajectory) -> None:
         """Every decision of a trajectory, in order.
@@ -104,12 +125,13 @@ class BatchBuilder:
         Raises InvariantError, with its name, if it must not be trained on.
         """
         check_trajectory(trajectory, self._adapter)
+        self._trajectories += 1
         for stretch in stretches(trajectory.turns):
             self._add_stretch(stretch, trajectory.name)
 
     def build(self) -> PolicyBatch:
         """Everything that was added, padded."""
-        prefixes = [piece for _, piece in self._prefixes]
+        prefixes = [] if self._packed else [prefix.piece for prefix in self._prefixes]
         prefix_tokens, prefix_mask, prefix_positions = self._pad([[piece] for piece in prefixes])
         trees = self._trees()
         pieces = [[self._branches[number].piece for number in tree] for tree in trees]
@@ -126,7 +148,7 @@ class BatchBuilder:
             for choice, numbers in enumerate(choices):
                 choice_tokens[state, choice, : len(numbers)] = torch.tensor([rank[number] for number in numbers])
         first_choice, first_state = len(scored), len(self._reads)
-        seen = [row for row, _ in self._prefixes]
+        seen = [prefix.seen for prefix in self._prefixes]
         assert len({row < 0 for row in seen}) <= 1, "prefixes begin conversations, or continue them: never both"
         return PolicyBatch(
             prefix_seen=_integers(row for row in seen if row >= 0),
@@ -135,7 +157,7 @@ class BatchBuilder:
             prefix_positions=prefix_positions,
             prefix_media=self._collate(prefixes),
             next_position=_integers(piece.next_position for piece in prefixes),
-            tree_prefix=_integers(self._branches[tree[0]].prefix for tree in trees),
+            tree_prefix=_integers(self._branches[tree[0]].after.prefix for tree in trees if prefixes),
             tree_tokens=tree_tokens,
             tree_mask=tree_mask,
             tree_sees=self._sees(trees, starts, width),
@@ -171,19 +193,19 @@ class BatchBuilder:
         grown: dict[int, list[int]] = {}  # by the branch that continues the prefix
         roots: list[int] = []
         for number, branch in enumerate(self._branches):
-            roots.append(number if branch.origin is None else roots[branch.origin])
+            roots.append(number if branch.after.branch is None else roots[branch.after.branch])
             grown.setdefault(roots[number], []).append(number)
         lengths = {
             root: sum(len(self._branches[number].piece.tokens) for number in all_) for root, all_ in grown.items()
         }
-        limits = [piece.start + len(piece.tokens) for _, piece in self._prefixes]
+        limits = [prefix.piece.start + len(prefix.piece.tokens) for prefix in self._prefixes]
         for root, length in lengths.items():
-            prefix = self._branches[root].prefix
+            prefix = self._branches[root].after.prefix
             limits[prefix] = max(limits[prefix], length)
         trees: list[list[int]] = []
         open_: dict[int, tuple[list[int], int]] = {}  # by prefix: the tree that it fills, and its length
         for root, all_ in grown.items():
-            prefix = self._branches[root].prefix
+            prefix = self._branches[root].after.prefix
             tree, length = open_.get(prefix, ([], 0))
             if not tree or length + lengths[root] > limits[prefix]:
                 tree, length = [], 0
@@ -212,13 +234,13 @@ class BatchBuilder:
                 branch, start = self._branches[number], starts[number] % width
                 end = start + len(branch.piece.tokens)
                 row[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-                if branch.origin is not None:
-                    row[start:end] |= row[starts[branch.origin] % width + branch.offset - 1]
+                if branch.after.branch is not None:
+                    row[start:end] |= row[starts[branch.after.branch] % width + branch.after.offset - 1]
         return sees
 
     def _add_stretch(self, stretch: Stretch, name: str) -> None:
         prefix = self.add_context(stretch.begin, name)
-        tail = self._piece(stretch.rest, self._prefixes[prefix][1].next_position, name)
+        tail = self._piece(stretch.rest, self._prefixes[prefix].piece.next_position, name)
         # One branch serves all decisions; the last of them is predicted, so nothing after its state is needed.
         last = stretch.rest[-1]
         unread = 1 if isinstance(last, ActionSegment) and last.choice is None else len(last.tokens)
@@ -263,10 +285,37 @@ class BatchBuilder:
         return state
 
     def _branch(self, prefix: int, piece: _Piece, origin: int | None = None, offset: int = 0) -> int | None:
-        return self._branches.add(_Branch(prefix, origin, offset, piece)) if piece.tokens else None
+        if not piece.tokens:
+            return None
+        if offset > 0 or not self._packed:
+            return self._branches.add(_Branch(self._place(prefix, origin, offset), piece))
+        if (prefix, piece) not in self._packed_branches:
+            after = self._end_of(prefix, len(piece.tokens))
+            self._packed_branches[prefix, piece] = self._branches.add(_Branch(after, piece))
+        return self._packed_branches[prefix, piece]
 
     def _read(self, prefix: int, branch: int | None, offset: int) -> int:
-        return self._reads.add(_Place(prefix, None, 0) if offset == 0 else _Place(prefix, branch, offset))
+        return self._reads.add(self._place(prefix, branch, offset))
+
+    def _place(self, prefix: int, branch: int | None, offset: int) -> _Place:
+        """After `offset` tokens of a branch of a prefix, or at the end of the prefix itself (0)."""
+        if offset > 0:
+            return _Place(prefix, branch, offset)
+        return self._end_of(prefix) if self._packed else _Place(prefix, None, 0)
+
+    def _end_of(self, prefix: int, room: int = 0) -> _Place:
+        """In a packed batch: the end of a prefix at the beginning of a tree that has room for so many tokens more.
+
+        A tree has room for twice its prefix, or for what costs attention little. Where there is more, the prefix is
+        read again, which is cheaper than tokens that look past ever more of what they must not see.
+        """
+        piece = self._prefixes[prefix].piece
+        trees = self._packed_trees.setdefault(prefix, [0])
+        if room and trees[-1] > 0 and trees[-1] + room > max(2 * len(piece.tokens), ROOM):
+            trees.append(0)
+        trees[-1] += room
+        tree = len(trees) - 1 if room else 0
+        return _Place(prefix, self._branches.add(_Branch(_Place(prefix, None, tree), piece)), len(piece.tokens))
 
     def _piece(self, segments: Sequence[Segment], start: int, name: str) -> _Piece:
         key = (start, tuple((segment.tokens, _images(segment)) for segment in segments))
@@ -300,7 +349,7 @@ class BatchBuilder:
         """tokens [N, T], mask [N, T], positions [axes, N, T]."""
         lengths = [sum(len(piece.tokens) for piece in row) for row in rows]
         width = max(lengths, default=0)
-        axes = self._prefixes[0][1].positions.shape[0]
+        axes = self._prefixes[0].piece.positions.shape[0]
         tokens = torch.full((len(rows), width), self._adapter.pad_token)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         positions = torch.zeros(axes, len(rows), width, dtype=torch.long)
@@ -356,22 +405,30 @@ def _nothing(start: int) -> _Piece:
 
 
 @dataclass(frozen=True)
-class _Branch:
-    """Tokens that continue a prefix, or (with an origin) another branch of it after `offset` of its tokens."""
+class _Prefix:
+    """seen: the row of the memory that it continues, or -1. owner: whose it is, if it is not shared."""
 
-    prefix: int
-    origin: int | None
-    offset: int
+    seen: int
     piece: _Piece
+    owner: int
 
 
 @dataclass(frozen=True)
 class _Place:
-    """The state after `offset` tokens of a branch; offset 0 is the end of the prefix itself."""
+    """The state after `offset` tokens of a branch; without a branch, the end of the prefix itself."""
 
     prefix: int
     branch: int | None
     offset: int
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Tokens that go on from a place. In a packed batch, the first of a tree is the prefix, which goes on from none; in
+    `after.offset` is the number of its tree."""
+
+    after: _Place
+    piece: _Piece
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,7 @@ from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.logprobs import at_least_float32, chunked_logprobs, log_softmax_of
 from rllava_core.policy.memory import Memory, give_back, growing_cache, selected
+from rllava_core.policy.recompute import Recomputed
 from rllava_core.policy.trained import is_adapted, load_part_state, part_state, trained_names
 
 
@@ -78,8 +80,16 @@ class Policy(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(hidden, _size(name, head)) for name, head in (heads or {}).items()})
         forbidden = torch.zeros(_vocabulary(adapter, model), dtype=torch.bool)
         forbidden[list(adapter.forbidden_tokens)] = True
+        self._recomputed: Recomputed | None = None
         self.forbidden: Tensor
         self.register_buffer("forbidden", forbidden, persistent=False)
+
+    def recompute(self, wanted: bool) -> None:
+        """Whether passes with gradients over packed batches keep the inputs of layers only, and compute the rest again.
+
+        Raises ConfigError for a model whose layers cannot.
+        """
+        self._recomputed = Recomputed([self.model, *([] if self.trunk is None else [self.trunk])]) if wanted else None
 
     @property
     def device(self) -> torch.device:
@@ -87,6 +97,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: PolicyBatch) -> PolicyOutput:
         """Log-probs, entropies and heads of every decision of the batch."""
+        recomputed = self._recomputed if batch.packed and torch.is_grad_enabled() else None
+        with recomputed or nullcontext():
+            return self._output(batch)
+
+    def _output(self, batch: PolicyBatch) -> PolicyOutput:
         states = self._states(self.model, batch)
         scored, entropies = self._score(batch, states)
         choices = _normalise_choices(batch, scored)
@@ -155,7 +170,7 @@ class Policy(nn.Module):
 
     def _states(self, model: PreTrainedModel, batch: PolicyBatch) -> Tensor:
         """[R, H]: every prefix and every tree once; then the states that are read."""
-        return self._continue(model, batch, self._read(model, batch))
+        return self._continue(model, batch, None if batch.packed else self._read(model, batch))
 
     def _read(self, model: PreTrainedModel, batch: PolicyBatch) -> Memory:
         """Of the prefixes, with a cache that gradients flow through."""
@@ -174,12 +189,14 @@ class Policy(nn.Module):
         last = hidden[torch.arange(len(ends), device=ends.device), ends]
         return Memory(last, cache, mask, batch.next_position)
 
-    def _continue(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory) -> Tensor:
-        """[R, H]: trees on top of the prefixes' cache; then the states that are read."""
-        states = [memory.last]
-        if batch.tree_prefix.numel():
-            before = memory.mask[batch.tree_prefix]
-            cache = selected(memory.cache, batch.tree_prefix, len(memory.mask))
+    def _continue(self, model: PreTrainedModel, batch: PolicyBatch, memory: Memory | None) -> Tensor:
+        """[R, H]: trees, on top of the prefixes' cache if there is one; then the states that are read."""
+        states = [] if memory is None else [memory.last]
+        if len(batch.tree_tokens):
+            before, cache = batch.tree_mask[:, :0], None
+            if memory is not None:
+                before = memory.mask[batch.tree_prefix]
+                cache = selected(memory.cache, batch.tree_prefix, len(memory.mask))
             trees = self.adapter.hidden_states(
                 model,
                 tokens=batch.tree_tokens,
@@ -188,7 +205,8 @@ class Policy(nn.Module):
                 media=batch.tree_media,
                 cache=cache,
             )
-            give_back(cache, batch.tree_tokens.shape[1])
+            if cache is not None:
+                give_back(cache, batch.tree_tokens.shape[1])
             states.append(trees.flatten(0, 1))
         return torch.cat(states)[batch.read_from]
 

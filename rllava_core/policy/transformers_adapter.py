@@ -102,7 +102,9 @@ class TransformersAdapter:
         if self.config.from_scratch is not None:
             model = self.scratch_model()
             model.set_attn_implementation(self.config.attention)
-            model.to(getattr(torch, self.config.dtype))
+            # Not the buffers: rotary frequencies stay in float32, as they do where weights are loaded.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, self.config.dtype))
         else:
             model = self._load_weights()
         text = model.config.get_text_config()
@@ -163,14 +165,14 @@ class TransformersAdapter:
         attention_mask: Tensor,
         positions: Tensor,
         media: Mapping[str, Tensor],
-        cache: Cache,
+        cache: Cache | None,
     ) -> Tensor:
         output = model.model(
             input_ids=tokens,
             attention_mask=attention_mask,
             position_ids=positions if len(positions) > 1 else positions[0],
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
             **media,
         )
         hidden: Tensor = output.last_hidden_state

@@ -107,6 +107,25 @@ class ForwardChecks(ModelSuite):
             torch.cat(alone),
             "two continuations in one row, that must not see each other, differ from each alone",
         )
+        count = read + len(row.tokens)
+        seen = torch.ones(count, count, dtype=torch.bool).tril()
+        seen[read:] = sees
+        whole = prompt + row
+        packed = adapter.hidden_states(
+            model,
+            tokens=torch.tensor([whole.tokens]),
+            attention_mask=torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, lowest)[None, None],
+            positions=torch.cat([before, *(adapter.positions(way.tokens, way.features, start) for way in ways)], dim=1)[
+                :, None
+            ],
+            media=adapter.collate(whole.features),
+            cache=None,
+        )[0, read:]
+        self.require_close(
+            packed,
+            torch.cat(alone),
+            "a prompt and two continuations of it in one row, without a cache, differ from each alone",
+        )
 
     @torch.no_grad()
     def test_padding_on_the_right_changes_nothing(self) -> None:

@@ -148,7 +148,7 @@ class TinyAdapter:
         attention_mask: Tensor,
         positions: Tensor,
         media: Mapping[str, Tensor],
-        cache: Cache,
+        cache: Cache | None,
     ) -> Tensor:
         """One pass of the model. The mask covers the cache as well; `media` is empty where a piece shows no image."""
         assert isinstance(model, TinyModel)
@@ -158,7 +158,7 @@ class TinyAdapter:
             attention_mask=attention_mask,
             position_ids=positions[0],
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:

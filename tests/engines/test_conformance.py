@@ -27,3 +27,17 @@ class TestFewSequencesAtOnce(EngineConformance):
     component = "local"
     role = "rollout"
     options = MappingProxyType({"max_sequences": 3})
+
+
+@pytest.mark.usefixtures("bench")
+class TestOptimizerOnTheHost(EngineConformance):
+    component = "local"
+    role = "train"
+    options = MappingProxyType({"device": "cpu", "optimizer_on_cpu": True, "offload_activations": True})
+
+
+@pytest.mark.usefixtures("bench")
+class TestNothingShared(EngineConformance):
+    component = "local"
+    role = "train"
+    options = MappingProxyType({"device": "cpu", "prefix_sharing": False})

@@ -187,8 +187,8 @@ class Workbench:
             policy.heads.double()
         return policy
 
-    def pack(self, policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyBatch:
-        builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter))
+    def pack(self, policy: Policy, trajectories: Sequence[Trajectory], **layout: bool) -> PolicyBatch:
+        builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter), **layout)
         for trajectory in trajectories:
             builder.add_trajectory(trajectory)
         return builder.build()

@@ -45,8 +45,18 @@ def gradients(policy: Policy, loss: Tensor) -> dict[str, Tensor]:
     }
 
 
+LAYOUTS = {
+    "with a cache": {},
+    "packed": {"packed": True},
+    "nothing shared": {"packed": True, "shared": False},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Trajectory], temperature: float) -> None:
+def test_a_batch_equals_its_trajectories_one_by_one(
+    toy: Any, situation: list[Trajectory], temperature: float, layout: dict[str, bool]
+) -> None:
     policy = toy.policy(temperature, heads={"value": Head(2)})
     plain = toy.Plain(policy.model, temperature)
     alone = [plain.decisions(trajectory) for trajectory in situation]
@@ -55,7 +65,7 @@ def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Tr
     states = torch.cat([decisions.states for decisions in alone])
     values = states @ policy.heads["value"].weight.T + policy.heads["value"].bias
 
-    output = policy(toy.pack(policy, situation))
+    output = policy(toy.pack(policy, situation, **layout))
 
     torch.testing.assert_close(output.logprobs, logprobs, **EXACT)
     torch.testing.assert_close(output.entropies, entropies, **EXACT)
@@ -66,6 +76,29 @@ def test_a_batch_equals_its_trajectories_one_by_one(toy: Any, situation: list[Tr
         scale = max(1.0, float(gradient.abs().max()))
         torch.testing.assert_close(found[name] / scale, gradient / scale, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "vision" not in name)
+
+
+def test_a_packed_prefix_with_many_continuations_is_read_more_than_once(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rather than put them all into one row, in which each token would look past all the others."""
+    monkeypatch.setattr("rllava_core.policy.batch.ROOM", 20)
+    question = toy.context("Which of these? ", toy.picture(8, 8))
+    answers = [f"answer {number}" for number in range(12)]
+    trajectories = [toy.episode(question, toy.text(answer)) for answer in [*answers, *answers[:3]]]
+    trajectories += [toy.episode(question, toy.choice(number, "yes", "no", "or not")) for number in range(2)]
+    policy = toy.policy(heads={"value": Head(2)})
+    packed = toy.pack(policy, trajectories, packed=True)
+
+    found, expected = policy(packed), policy(toy.pack(policy, trajectories))
+
+    room = 2 * len(question.tokens)
+    assert 1 < len(packed.tree_tokens) <= 1 + sum(map(len, answers)) // (room // 2)
+    assert packed.tree_tokens.shape[1] <= len(question.tokens) + room
+    for ours, theirs in zip(
+        (found.logprobs, found.heads["value"]), (expected.logprobs, expected.heads["value"]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **EXACT)
 
 
 def left(toy: Any, policy: Policy, situation: list[Trajectory], head: str) -> Tensor:

@@ -53,7 +53,7 @@ class TrainsACopy(Healthy):
 class NeverSteps(Healthy):
     def __init__(self, setup: TrainSetup) -> None:
         super().__init__(setup)
-        self._optimizer.step = lambda: None
+        self._update._optimizer.step = lambda: None
 
 
 class TensorsAsMetrics(Healthy):
@@ -135,7 +135,7 @@ class CheckedTooLate(Healthy):
         try:
             return super().step(batch, loss, learning_rate)
         except TrainingError:
-            self._optimizer.step()
+            self._update._optimizer.step()
             raise
 
 
@@ -152,7 +152,8 @@ class GradientsKept(Healthy):
 
     def __init__(self, setup: TrainSetup) -> None:
         super().__init__(setup)
-        self._empty, self._optimizer.zero_grad = self._optimizer.zero_grad, lambda: None
+        optimizer = self._update._optimizer
+        self._empty, optimizer.zero_grad = optimizer.zero_grad, lambda: None
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> Any:
         metrics = super().step(batch, loss, learning_rate)
@@ -272,7 +273,7 @@ class MomentsForgotten(Healthy):
 
 class UnsavableState(Healthy):
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "optimizer_object": self._optimizer}
+        return {**super().state_dict(), "optimizer_object": self._update._optimizer}
 
 
 class NoAutocast(Healthy):

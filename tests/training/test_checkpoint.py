@@ -48,7 +48,7 @@ def learn(parts: Parts, steps: int = 2) -> None:
 def everything(parts: Parts) -> dict[str, torch.Tensor]:
     """Weights, heads, optimizer and algorithm as flat tensors."""
     flat: dict[str, torch.Tensor] = dict(parts.policy.state_dict())
-    for number, state in parts.trainer.state_dict()["optimizer"]["state"].items():
+    for number, state in parts.trainer.state_dict()["update"]["optimizer"]["state"].items():
         flat |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
     return flat | {f"algorithm.{name}": torch.as_tensor(v) for name, v in parts.algorithm.state_dict().items()}
 
