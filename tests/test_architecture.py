@@ -24,6 +24,7 @@ FLOORS = [
     {"algorithms"},
     {"engines"},
     {"training"},
+    {"planning"},
     {"cli", "__main__"},
     {"testing", "templates"},
 ]

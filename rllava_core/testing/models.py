@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rllava_core.errors import ModelError
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.adapter import ModelAdapter
+from rllava_core.policy.batch import PolicyBatch
 from rllava_core.policy.policy import Policy
 from rllava_core.testing.conformance import raise_failures, require, run
 from rllava_core.testing.models_base import head_weight
@@ -102,6 +103,31 @@ class ModelAdapterConformance(InputChecks, ForwardChecks):
                 "masks or images depend on how a sequence is cut?",
             )
 
+    def test_gradients_do_not_depend_on_what_is_read_together(self) -> None:
+        """A prompt once for a group, with what continues it in the same pass or the next, or once for each
+        trajectory; and with layers that are computed again in backward, if the model can."""
+        policy = self.policy()
+        trajectories = self._played(policy)
+        ways = {
+            "in one pass, packed": {"packed": True},
+            "read once for each trajectory": {"packed": True, "shared": False},
+        }
+        expected = self._learnt(policy, pack(policy, trajectories))
+        found = {name: self._learnt(policy, pack(policy, trajectories, **way)) for name, way in ways.items()}
+        if policy.model.supports_gradient_checkpointing:
+            policy.recompute(True)
+            found["computed again"] = self._learnt(policy, pack(policy, trajectories, packed=True))
+        for way, gradients in found.items():
+            for name, gradient in gradients.items():
+                gap = float((gradient - expected[name]).abs().max())
+                # Relative to the largest gradient of the weight: sums of float32 in another order.
+                scale = max(1.0, float(expected[name].abs().max()))
+                require(
+                    gap <= 10 * self.tolerance * scale,
+                    f"a batch that is {way} gives {name} another gradient (by {gap:.2g}) than one that reads prompts "
+                    "first and goes on from a cache",
+                )
+
     def test_nothing_forbidden_is_sampled(self) -> None:
         policy = self.policy()
         answers = [action for trajectory in self._played(policy, None) for action in trajectory.actions]
@@ -173,6 +199,14 @@ class ModelAdapterConformance(InputChecks, ForwardChecks):
 
     def _played(self, policy: Policy, seed: int | None = 0) -> list[Trajectory]:
         return play(policy, self.scripts(), 2, seed)
+
+    def _learnt(self, policy: Policy, batch: PolicyBatch) -> dict[str, torch.Tensor]:
+        """By name, the gradients of a loss that tells every decision from every other."""
+        policy.zero_grad()
+        output = policy(batch)
+        weights = torch.randn(len(output.logprobs), generator=torch.Generator().manual_seed(1))
+        (weights * (output.logprobs + output.entropies)).sum().backward()
+        return {name: item.grad.clone() for name, item in policy.named_parameters() if item.grad is not None}
 
     def _recomputed(self, policy: Policy, trajectories: list[Trajectory]) -> torch.Tensor:
         with torch.no_grad():

@@ -201,9 +201,11 @@ def with_scores(trajectories: Sequence[Trajectory], scores: Sequence[float]) -> 
     ]
 
 
-def pack(policy: Policy, trajectories: Sequence[Trajectory]) -> PolicyBatch:
+def pack(
+    policy: Policy, trajectories: Sequence[Trajectory], *, packed: bool = False, shared: bool = True
+) -> PolicyBatch:
     """The batch that the policy's `forward` takes."""
-    builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter))
+    builder = BatchBuilder(policy.adapter, MediaStore(policy.adapter), packed=packed, shared=shared)
     for trajectory in trajectories:
         builder.add_trajectory(trajectory)
     return builder.build().to(policy.device)
