@@ -92,6 +92,11 @@ class Policy(nn.Module):
         self._recomputed = Recomputed([self.model, *([] if self.trunk is None else [self.trunk])]) if wanted else None
 
     @property
+    def recomputes(self) -> bool:
+        """Whether packed batches spare memory."""
+        return self._recomputed is not None
+
+    @property
     def device(self) -> torch.device:
         return self.forbidden.device
 

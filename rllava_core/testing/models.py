@@ -118,6 +118,8 @@ class ModelAdapterConformance(InputChecks, ForwardChecks):
             policy.recompute(True)
             found["computed again"] = self._learnt(policy, pack(policy, trajectories, packed=True))
         for way, gradients in found.items():
+            lost = sorted(expected.keys() - gradients.keys())
+            require(not lost, f"a batch that is {way} gives {', '.join(lost[:3])} no gradient")
             for name, gradient in gradients.items():
                 gap = float((gradient - expected[name]).abs().max())
                 # Relative to the largest gradient of the weight: sums of float32 in another order.

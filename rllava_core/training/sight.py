@@ -66,7 +66,7 @@ def _forward(policy: Policy, media: MediaStore, trajectories: Sequence[Trajector
 
 
 def _packed(policy: Policy, media: MediaStore, trajectories: Sequence[Trajectory]) -> PolicyOutput:
-    builder = BatchBuilder(policy.adapter, media)
+    builder = BatchBuilder(policy.adapter, media, packed=policy.recomputes)
     for trajectory in trajectories:
         builder.add_trajectory(trajectory)
     output: PolicyOutput = policy(builder.build().to(policy.device))

@@ -39,6 +39,18 @@ class CacheForgotten(Healthy):
         return super().hidden_states(model, cache=DynamicCache(config=model.config), **inputs)
 
 
+class TwiceTheGradientWithoutACache(Healthy):
+    def hidden_states(self, model: Any, *, cache: Any, **inputs: Any) -> Any:
+        hidden = super().hidden_states(model, cache=cache, **inputs)
+        return hidden if cache is not None else 2 * hidden - hidden.detach()
+
+
+class OtherStatesWithoutACache(Healthy):
+    def hidden_states(self, model: Any, *, cache: Any, **inputs: Any) -> Any:
+        hidden = super().hidden_states(model, cache=cache, **inputs)
+        return hidden if cache is not None else hidden + 0.01
+
+
 class LastStateMissing(Healthy):
     def hidden_states(self, model: Any, **inputs: Any) -> Any:
         return super().hidden_states(model, **inputs)[:, :-1]
@@ -275,7 +287,10 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (RenderedOtherwise, "of which render"),
         (OtherPositions, "gives other logits"),
     ],
-    "continuations_in_one_row_do_not_see_each_other": [(ContinuationsMixed, "that must not see each other")],
+    "continuations_in_one_row_do_not_see_each_other": [
+        (ContinuationsMixed, "that must not see each other"),
+        (OtherStatesWithoutACache, "in one row, without a cache"),
+    ],
     "padding_on_the_right_changes_nothing": [(PaddingAttended, "padding changes the hidden states")],
     "a_batch_equals_its_sequences_one_by_one": [(ImagesSortedBySize, "of a batch of mixed images differs")],
     "the_order_of_a_batch_changes_nothing": [(PositionsOfTheFirstRow, "a batch in another order")],
@@ -303,6 +318,9 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     ],
     "the_weights_have_the_precision_that_the_config_says": [(PrecisionIgnored, "`dtype: bfloat16` most weights are")],
     "what_is_sampled_is_what_is_trained": [(DecodingOffByOne, "while sampling and recomputed")],
+    "gradients_do_not_depend_on_what_is_read_together": [
+        (TwiceTheGradientWithoutACache, "packed gives"),
+    ],
     "nothing_forbidden_is_sampled": [(ForbiddenTooLate, "were not known when load")],
     "a_checkpoint_is_safetensors_and_no_pickle": [
         (Pickled, "pytorch_model.bin: a pickle"),
