@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory
 from rllava_core.policy.batch import PolicyBatch
@@ -234,7 +234,9 @@ def states_of(trajectories: list[Trajectory]) -> dict[tuple[Any, ...], list[int]
     return states
 
 
-def test_only_states_of_decisions_reach_the_language_head_and_get_gradient(toy: Any) -> None:
+def test_only_states_of_decisions_reach_the_language_head_and_get_gradient(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """d(sum of log-probs)/d(logits) is one-hot minus softmax at every decision, and there is nothing else."""
     prompt = toy.context("Find the key.", toy.picture(8, 8))
     shown = toy.context(toy.picture(12, 8, 1), "closer")
@@ -248,6 +250,8 @@ def test_only_states_of_decisions_reach_the_language_head_and_get_gradient(toy: 
     policy = toy.policy(temperature)
     plain = toy.Plain(policy.model, temperature)
     logits: list[Tensor] = []
+    # The gradient of a plain linear layer is written out, and has no logits of autograd's.
+    monkeypatch.setattr(policy.adapter, "lm_head", lambda model: nn.Sequential(model.lm_head))
     policy.model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output))
 
     sum_of_logprobs = policy(toy.pack(policy, trajectories)).logprobs.sum()

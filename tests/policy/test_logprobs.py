@@ -46,13 +46,20 @@ def by_hand(hidden: Tensor, head: nn.Linear, temperature: float) -> tuple[Tensor
     return torch.stack(chosen), torch.stack(entropies)
 
 
+HEADS = {"linear": lambda head: head, "of another kind": nn.Sequential}
+"""The gradient of a plain linear layer is written out; that of any other module is left to autograd."""
+
+
 # One state a chunk, a few, a number that leaves a rest, all but one, exactly all, more than all.
 @pytest.mark.parametrize("chunk_elements", [1, 2 * WORDS, 5 * WORDS + 3, 12 * WORDS, 13 * WORDS, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
-def test_any_chunk_gives_the_numbers_and_gradients_of_a_loop(chunk_elements: int, temperature: float) -> None:
+@pytest.mark.parametrize("kind", HEADS.values(), ids=HEADS)
+def test_any_chunk_gives_the_numbers_and_gradients_of_a_loop(
+    chunk_elements: int, temperature: float, kind: Any
+) -> None:
     hidden, head = states()
     expected = by_hand(hidden, head, temperature)
-    found = chunked_logprobs(hidden, head, ROWS, TOKENS, FORBIDDEN, temperature, chunk_elements)
+    found = chunked_logprobs(hidden, kind(head), ROWS, TOKENS, FORBIDDEN, temperature, chunk_elements)
 
     weights = torch.linspace(-1, 2, len(ROWS), dtype=torch.float64), torch.linspace(3, -2, STATES, dtype=torch.float64)
     leaves = (hidden, head.weight, head.bias)
@@ -66,6 +73,57 @@ def test_any_chunk_gives_the_numbers_and_gradients_of_a_loop(chunk_elements: int
         strict=True,
     ):
         torch.testing.assert_close(other, one, **EXACT)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("what", ["log-probs", "entropies", "both"])
+def test_the_gradient_that_is_written_out_equals_finite_differences(what: str, bias: bool) -> None:
+    hidden, head = states()
+    leaves = [hidden, head.weight, head.bias][: 3 if bias else 2]
+
+    def scored(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        made = nn.Linear(HIDDEN, WORDS, bias=bias is not None, dtype=torch.float64)
+        del made.weight, made.bias
+        made.weight, made.bias = weight, bias
+        logprobs, entropies = chunked_logprobs(hidden, made, ROWS, TOKENS, FORBIDDEN, 0.7, 4 * WORDS)
+        return {"log-probs": logprobs, "entropies": entropies, "both": (logprobs, entropies)}[what]
+
+    assert torch.autograd.gradcheck(scored, leaves)
+
+
+@pytest.mark.parametrize("frozen", ["head", "states"])
+def test_only_what_is_asked_for_gets_a_gradient(frozen: str) -> None:
+    hidden, head = states()
+    expected, _ = by_hand(hidden, head, 1.0)
+    whole = torch.autograd.grad(expected.sum(), (hidden, head.weight))
+    (head if frozen == "head" else hidden).requires_grad_(False)
+    chunked_logprobs(hidden, head, ROWS, TOKENS, FORBIDDEN, 1.0, 3 * WORDS)[0].sum().backward()
+    if frozen == "head":
+        torch.testing.assert_close(hidden.grad, whole[0], **EXACT)
+    else:
+        torch.testing.assert_close(head.weight.grad, whole[1], **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
+def test_half_precision_is_that_of_the_head_alone(dtype: Any) -> None:
+    """Products are rounded to bfloat16, the softmax is not."""
+    hidden, head = states()
+    hidden, head = hidden.detach().float(), head.float()
+    half = nn.Linear(HIDDEN, WORDS).bfloat16()
+    half.load_state_dict(head.state_dict())
+    logits = half(hidden.bfloat16()).float().masked_fill(FORBIDDEN, -torch.inf)
+    expected = torch.log_softmax(logits, dim=-1)[ROWS, TOKENS]
+    if dtype == "autocast":
+        hidden.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            found, _ = chunked_logprobs(hidden, head, ROWS, TOKENS, FORBIDDEN, 1.0, 3 * WORDS)
+        found.sum().backward()
+        assert hidden.grad is not None
+        assert hidden.grad.dtype == head.weight.grad.dtype == torch.float32
+    else:
+        found, _ = chunked_logprobs(hidden.bfloat16(), half, ROWS, TOKENS, FORBIDDEN, 1.0, 3 * WORDS)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
 
 
 def test_without_gradients_chunks_give_the_same_numbers() -> None:
@@ -110,8 +168,9 @@ class LargestLogits(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("kind", HEADS.values(), ids=HEADS)
 def test_no_more_logits_than_a_chunk_exist_at_any_time(
-    toy: Any, mixed: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+    toy: Any, mixed: list[Trajectory], monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
     """Neither in the forward pass nor in the backward pass, where each chunk is computed again."""
     rows = 17  # unlike the number of rows of any weight, of which the head's gradient has the hidden size
@@ -119,19 +178,18 @@ def test_no_more_logits_than_a_chunk_exist_at_any_time(
     policy = toy.policy()
     batch = toy.pack(policy, mixed)
     expected = policy(batch)
-    expected_gradient = torch.autograd.grad(expected.logprobs.sum(), policy.model.lm_head.weight)[0]
+    weight = policy.model.lm_head.weight
+    expected_gradient = torch.autograd.grad(expected.logprobs.sum(), weight)[0]
     monkeypatch.setattr(policy_module, "chunked_logprobs", bounded)
-    inputs: list[int] = []
-    policy.model.lm_head.register_forward_hook(lambda module, arguments, output: inputs.append(len(arguments[0])))
+    monkeypatch.setattr(policy.adapter, "lm_head", lambda model: kind(model.lm_head))
 
     with LargestLogits() as largest:
         output = policy(batch)
-        gradient = torch.autograd.grad(output.logprobs.sum(), policy.model.lm_head.weight)[0]
+        gradient = torch.autograd.grad(output.logprobs.sum(), weight)[0]
 
     states = len(batch.read_from)
     assert states > 10 * rows
-    assert largest.rows == max(inputs) == rows
-    assert sum(inputs) == 2 * states  # once forward, once again backward
+    assert largest.rows == rows
     torch.testing.assert_close(output.logprobs, expected.logprobs, **EXACT)
     torch.testing.assert_close(output.entropies, expected.entropies, **EXACT)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-10)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rllava_core.policy.adapter import Features
 from rllava_core.policy.transformers_adapter import TransformersAdapter
 from rllava_qwen2vl.config import Qwen2VLOptions
+from rllava_qwen2vl.stand_in import stand_in_processor
 from rllava_qwen2vl.tiny import tiny_model, tiny_processor
 
 
@@ -52,6 +53,9 @@ class Qwen2VL(TransformersAdapter):
     def scratch_model(self) -> PreTrainedModel:
         return tiny_model(str(self.config.from_scratch), self.tokenizer)
 
+    def shape_processor(self, config: PreTrainedConfig, images: Mapping[str, Any]) -> Any:
+        return stand_in_processor(config, images)
+
     def feature_count(self, features: Features) -> int:
         return int(features["image_grid_thw"].prod()) // self.merge**2
 
@@ -64,6 +68,8 @@ class Qwen2VL(TransformersAdapter):
         Text counts up on all axes alike; an image is laid out on its merged grid; what follows it goes on from the
         largest position so far plus one.
         """
+        if not features:
+            return cast(torch.LongTensor, torch.arange(start, start + len(tokens)).expand(3, -1))
         pieces = [torch.zeros(3, 0, dtype=torch.long)]
         grids = iter(features)
         for is_image, run in itertools.groupby(tokens, key=lambda token: token == self.image_token):
