@@ -166,7 +166,8 @@ def _linear_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, never: T
 
 def _logits(hidden: Tensor, lm_head: nn.Module, forbidden: Tensor, temperature: float) -> Tensor:
     logits = at_least_float32(lm_head(hidden))
-    return (logits / temperature).masked_fill(forbidden, -torch.inf)
+    # A pass over all logits is worth sparing.
+    return (logits if temperature == 1 else logits / temperature).masked_fill(forbidden, -torch.inf)
 
 
 def _score(

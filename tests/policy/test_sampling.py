@@ -19,7 +19,7 @@ from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Head, Policy
-from rllava_core.policy.sampling import Request, Sampler
+from rllava_core.policy.sampling import Request, Sampler, _draw, _draw_in_two
 from rllava_core.testing.tiny import END, IMAGE, PAD, START
 
 ROUNDING = 2.0**-23
@@ -541,3 +541,34 @@ def test_what_was_sampled_scores_the_same_in_the_training_batch(toy: Any, reques
     ends = np.cumsum([trajectory.decisions for trajectory in trajectories])
     for action, end in zip(drawn, ends, strict=True):
         np.testing.assert_allclose(action.logprobs, logprobs[end - action.decisions : end], rtol=ROUNDING)
+
+
+def test_a_large_vocabulary_is_drawn_from_in_proportion() -> None:
+    """70,000 tokens: a few that are likely, in blocks of their own and of one block, many that are not, and a third
+    that may not be drawn at all."""
+    words, draws = 70_000, 40_000
+    generator = Generator().manual_seed(5)
+    logits = torch.randn(words, generator=generator)
+    likely = torch.tensor([0, 1, 255, 256, 40_000, 69_998, 69_999])
+    logits[likely] += torch.tensor([9.0, 9.5, 9.0, 10.0, 9.2, 8.8, 9.1])
+    never = torch.randperm(words, generator=generator)[: words // 3]
+    logits[never[~torch.isin(never, likely)]] = -torch.inf
+    logprobs = torch.log_softmax(logits, dim=0)
+
+    drawn = torch.cat([_draw(logprobs.expand(500, -1), Generator().manual_seed(seed)) for seed in range(draws // 500)])
+
+    assert torch.isfinite(logprobs[drawn]).all()
+    for group in [*likely.split(1), torch.arange(300, 30_000), torch.arange(45_000, 69_000)]:
+        share = float(logprobs[group].double().exp().sum())
+        found = float(torch.isin(drawn, group).double().mean())
+        assert abs(found - share) < 4 * (share * (1 - share) / draws) ** 0.5, (group[0], found, share)
+    repeated = _draw(logprobs.expand(500, -1), Generator().manual_seed(0))
+    assert torch.equal(repeated, drawn[:500])
+
+
+def test_the_edges_of_what_can_be_drawn() -> None:
+    """One token alone has a share, wherever it is; the sum of the shares is not quite one."""
+    for token in (0, 255, 256, 69_999):
+        shares = torch.zeros(3, 70_000)
+        shares[:, token] = 0.9999
+        assert _draw_in_two(shares, Generator().manual_seed(0)).tolist() == [token] * 3
