@@ -21,6 +21,7 @@ INTERRUPTED = 130
 COMMANDS: Mapping[str, LazyCommand] = {
     "train": LazyCommand("rllava_core.cli.train:train", "Train a model as a config says."),
     "eval": LazyCommand("rllava_core.cli.evaluate:evaluate", "Evaluate a config's model, or what a run has trained."),
+    "plan": LazyCommand("rllava_core.cli.plan:plan", "Predict the memory and time of a run, loading nothing."),
     "parity": LazyCommand("rllava_core.cli.parity:parity", "Compare log-probs with the model's own plain forward."),
     "plugins": LazyCommand("rllava_core.cli.plugins:plugins", "List, show and check the installed plugins."),
     "new-plugin": LazyCommand("rllava_core.cli.new_plugin:new_plugin", "Write the package of a new plugin."),

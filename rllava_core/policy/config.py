@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -46,9 +47,12 @@ class ModelConfig(Options):
     """Base of model adapter configs: where the weights come from and how they are held.
 
     origins: the options of which exactly one says where the model comes from; a family may have more.
+    shapes: a folder that holds `ORGANISATION/NAME/config.json` of published models, which `rllava plan` knows by their
+        hub ids.
     """
 
     origins: ClassVar[tuple[str, ...]] = ("path", "from_scratch")
+    shapes: ClassVar[Path | None] = None
 
     path: str | None = Field(default=None, description="local directory or hub id for `from_pretrained`")
     from_scratch: str | None = Field(default=None, description="a preset to build with random weights instead")

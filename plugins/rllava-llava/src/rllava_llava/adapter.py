@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,7 @@ from rllava_core.policy.transformers_adapter import TransformersAdapter
 from rllava_llava.compose import composed_model, composed_processor, require_all
 from rllava_llava.config import LlavaOptions
 from rllava_llava.resampler import ResampledLlava, ResampledLlavaConfig, ResampledLlavaProcessor
+from rllava_llava.stand_in import stand_in_processor
 from rllava_llava.tiny import tiny_model, tiny_processor
 
 
@@ -64,6 +65,9 @@ class Llava(TransformersAdapter):
 
     def scratch_model(self) -> PreTrainedModel:
         return tiny_model(str(self.config.from_scratch), self.tokenizer)
+
+    def shape_processor(self, config: PreTrainedConfig, images: Mapping[str, Any]) -> Any:
+        return stand_in_processor(config, images)
 
     def preprocess(self, image: Image) -> Features:
         """pixel_values [views, 3, H, W], and of families that tile: image_sizes [1, 2], batch_num_images [1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -29,6 +30,7 @@ class ComposeOptions(Options):
 class LlavaOptions(ModelConfig):
     """`model: {adapter: llava, …}`"""
 
+    shapes = Path(__file__).parent / "shapes"
     origins = ("path", "from_scratch", "compose")
 
     from_scratch: Literal["tiny", "tiny-next", "tiny-onevision"] | None = Field(

@@ -84,7 +84,7 @@ def tiny_processor(preset: str) -> Any:
     if preset == "tiny-onevision":
         return LlavaOnevisionProcessor(
             image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=TILES_ONEVISION, **normal),
-            tokenizer=_qwen_tokenizer(),
+            tokenizer=qwen_tokenizer(),
             video_processor=LlavaOnevisionVideoProcessor(size=size, **normal),
             num_image_tokens=(VIEW // PATCH) ** 2,
             vision_feature_select_strategy="full",
@@ -96,7 +96,7 @@ def tiny_processor(preset: str) -> Any:
     kind: Any = LlavaNextProcessor if preset == "tiny-next" else LlavaProcessor
     return kind(
         image_processor=images(**square, **({"image_grid_pinpoints": TILES_NEXT} if preset == "tiny-next" else {})),
-        tokenizer=_llama_tokenizer(),
+        tokenizer=llama_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
@@ -163,7 +163,7 @@ def tiny_model(preset: str, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def _qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer() -> Qwen2Tokenizer:
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
     words = ("system", "user", "assistant")
     tokenizer: Qwen2Tokenizer = byte_tokenizer(
@@ -172,7 +172,7 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _llama_tokenizer() -> LlamaTokenizer:
+def llama_tokenizer() -> LlamaTokenizer:
     """As SentencePiece writes text: `▁` for a space and before a text, bytes for letters that it does not know.
 
     The words of the template, and every digit after a space, are one token.

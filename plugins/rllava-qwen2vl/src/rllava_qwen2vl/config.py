@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,8 @@ from rllava_core.policy.config import ModelConfig
 
 class Qwen2VLOptions(ModelConfig):
     """`model: {adapter: qwen2vl, …}`"""
+
+    shapes = Path(__file__).parent / "shapes"
 
     from_scratch: Literal["tiny", "tiny-qwen2.5", "tiny-qwen3", "tiny-qwen3-moe"] | None = Field(
         default=None,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
 from rllava_core.policy.adapter import Features
 from rllava_core.policy.transformers_adapter import TransformersAdapter
 from rllava_smolvlm.config import SmolVLMOptions
+from rllava_smolvlm.stand_in import stand_in_processor
 from rllava_smolvlm.tiny import tiny_model, tiny_processor
 
 MOST_TILES = 12
@@ -53,6 +54,9 @@ class SmolVLM(TransformersAdapter):
 
     def scratch_model(self) -> PreTrainedModel:
         return tiny_model(str(self.config.from_scratch), self.tokenizer)
+
+    def shape_processor(self, config: PreTrainedConfig, images: Mapping[str, Any]) -> Any:
+        return stand_in_processor(config, images)
 
     def load(self) -> PreTrainedModel:
         model = super().load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -11,6 +12,8 @@ from rllava_core.policy.config import ModelConfig
 
 class SmolVLMOptions(ModelConfig):
     """`model: {adapter: smolvlm, …}`"""
+
+    shapes = Path(__file__).parent / "shapes"
 
     from_scratch: Literal["tiny", "tiny-idefics3"] | None = Field(
         default=None,

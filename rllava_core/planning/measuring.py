@@ -1,0 +1,303 @@
+"""What the policy's own code needs for a micro-batch, and for sampling, measured on the meta device.
+
+Layers are alike, so a model of a few is traced, and what one more of each kind adds is added for all that were left
+out. A piece of code is measured in stages, since which of them needs most depends on the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rllava_core.engines.offloading import SMALLEST
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.planning.tracing import META, Footprint, Tracer, backward, on_meta
+from rllava_core.planning.workload import Episodes, PlannedMedia
+from rllava_core.policy.adapter import Part
+from rllava_core.policy.batch import BatchBuilder, PolicyBatch
+from rllava_core.policy.memory import Memory
+from rllava_core.policy.policy import Policy
+
+FEW = 2
+"""Layers of each kind that are traced."""
+
+
+SOME = 4
+"""Prompts that are traced where all that is needed grows with their number."""
+
+
+class Laboratory:
+    """A policy on the meta device, and episodes for it to read."""
+
+    def __init__(self, policy: Policy, media: PlannedMedia, episodes: Episodes, autocast: torch.dtype | None) -> None:
+        self.policy = policy
+        self._media = media
+        self._episodes = episodes
+        self._autocast = autocast
+        self._layers = _layer_lists(policy)
+
+    def update(
+        self, trajectories: Sequence[Trajectory], *, sharing: bool, recompute: bool, offload: bool, entropy: bool
+    ) -> Footprint:
+        """Forward and backward of one micro-batch."""
+        return self._largest(
+            lambda: self._traced_update(
+                trajectories, sharing=sharing, recompute=recompute, offload=offload, entropy=entropy
+            )
+        )
+
+    def probe(self, trajectories: Sequence[Trajectory]) -> Footprint:
+        """Forward of one micro-batch, and backward to the weights of the parts that see alone."""
+        few = trajectories[:SOME]
+        found = self._largest(lambda: self._traced_probe(few))
+        # Logits come in chunks of the same size however many there are.
+        return _times(found, len(trajectories) / len(few), but=("logits",))
+
+    def evaluation(self, trajectories: Sequence[Trajectory]) -> Footprint:
+        """Forward of one micro-batch without gradients, as of a reference policy."""
+        return self._largest(lambda: self._traced_evaluation(trajectories))
+
+    def sampling(self, groups: int, count: int) -> Footprint:
+        """Prefill of so many prompts, and decoding of `count` answers to each."""
+        few = min(groups, SOME)
+        return _times(self._largest(lambda: self._traced_sampling(few, count)), groups / few)
+
+    def _largest(self, traced: Callable[[], list[Footprint]]) -> Footprint:
+        stages = self._all_layers(traced)
+        largest = max(stages, key=lambda stage: stage.total)
+        flops = sum(stage.flops for stage in stages)
+        return replace(largest, flops=flops, host=max(stage.host for stage in stages))
+
+    def _all_layers(self, traced: Callable[[], list[Footprint]]) -> list[Footprint]:
+        """Stages of the whole model, from those of models of a few layers."""
+        depths = {part: max(len(layers) for _, _, layers in lists) for part, lists in self._layers.items()}
+        shallow = {part: min(depth, FEW) for part, depth in depths.items()}
+        if hasattr(self.policy.model.config, "vision_feature_layer"):
+            # A layer inside the tower is read, and must be there.
+            shallow = {part: FEW if part == "language" and depth > FEW else depth for part, depth in depths.items()}
+        with self._of_depth(shallow):
+            stages = traced()
+        result = stages
+        for part, depth in depths.items():
+            if depth > shallow[part]:
+                with self._of_depth({**shallow, part: shallow[part] + 1}):
+                    deeper = traced()
+                more = depth - shallow[part]
+                result = [
+                    _added(total, few, one_more, more)
+                    for total, few, one_more in zip(result, stages, deeper, strict=True)
+                ]
+        return result
+
+    @contextmanager
+    def _of_depth(self, depths: Mapping[Part, int]) -> Iterator[None]:
+        for part, lists in self._layers.items():
+            for owner, name, layers in lists:
+                setattr(owner, name, nn.ModuleList(list(layers)[: depths[part]]))
+        try:
+            yield
+        finally:
+            for lists in self._layers.values():
+                for owner, name, layers in lists:
+                    setattr(owner, name, layers)
+
+    def _tracer(self) -> Tracer:
+        head = self.policy.adapter.lm_head(self.policy.model)
+        assert isinstance(head.weight, Tensor)
+        return Tracer(head.weight.shape[0], self._autocast)
+
+    def _traced_update(
+        self, trajectories: Sequence[Trajectory], *, sharing: bool, recompute: bool, offload: bool, entropy: bool
+    ) -> list[Footprint]:
+        policy, tracer = self.policy, self._tracer()
+        weights = {item.untyped_storage()._cdata for item in (*policy.parameters(), *policy.buffers())}
+
+        def stays(saved: Tensor) -> bool:
+            return saved.nbytes < SMALLEST or saved.untyped_storage()._cdata in weights
+
+        saving = tracer.offloading(stays) if offload else nullcontext()
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(_drop_gradient, tracer))
+            for parameter in policy.parameters()
+            if parameter.requires_grad
+        ]
+        hooks += _label_vision(policy, tracer)
+        try:
+            policy.recompute(recompute)
+            with tracer, saving:
+                output = policy(self._packed(trajectories, packed=recompute or not sharing, shared=sharing))
+                loss = output.logprobs.sum() + sum(values.sum() for values in output.heads.values())
+                if entropy:
+                    loss = loss + output.entropies.sum()
+                del output
+                forward = tracer.stage()
+                backward(loss)
+                return [forward, tracer.stage()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _traced_probe(self, trajectories: Sequence[Trajectory]) -> list[Footprint]:
+        policy, tracer = self.policy, self._tracer()
+        seeing = [
+            parameter
+            for name, parameter in policy.model.named_parameters()
+            if parameter.requires_grad and policy.adapter.part_of(name.replace(".base_layer.", ".")) != "language"
+        ]
+        hooks = _label_vision(policy, tracer)
+        try:
+            with torch.set_grad_enabled(bool(seeing)), tracer:
+                loss = policy(self._packed(trajectories, packed=False, shared=True)).logprobs.mean()
+                forward = tracer.stage()
+                if seeing:
+                    backward(loss, seeing)
+                return [forward, tracer.stage()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _traced_evaluation(self, trajectories: Sequence[Trajectory]) -> list[Footprint]:
+        tracer = self._tracer()
+        hooks = _label_vision(self.policy, tracer)
+        try:
+            with torch.no_grad(), tracer:
+                self.policy(self._packed(trajectories, packed=False, shared=True))
+                return [tracer.stage()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _traced_sampling(self, groups: int, count: int) -> list[Footprint]:
+        policy, tracer, workload = self.policy, self._tracer(), self._episodes.workload
+        hooks = _label_vision(policy, tracer)
+        try:
+            with torch.no_grad(), tracer:
+                builder = BatchBuilder(policy.adapter, self._media)
+                prompts = [builder.add_context((self._episodes.context(group),), "") for group in range(groups)]
+                batch = builder.build()
+                memory = policy.prefill(batch)
+                prefill = tracer.stage()
+                if workload.choices is not None:
+                    return [prefill]
+                rows = torch.tensor([prompt for prompt in prompts for _ in range(count)])
+                policy.next_token_logprobs(memory.last)
+                going = memory.continued(rows)
+                written = workload.answer_tokens - 2
+                before = (workload.turns - 1) * (self._episodes.prompt_length + workload.answer_tokens)
+                _grow(going, before + written)
+                width = memory.mask.shape[1] + before + written + 1
+                hidden = policy.adapter.hidden_states(
+                    policy.model,
+                    tokens=torch.zeros(len(rows), 1, dtype=torch.long),
+                    attention_mask=torch.ones(len(rows), width, dtype=torch.long),
+                    positions=going.next_position.expand(batch.prefix_positions.shape[0], -1)[:, :, None],
+                    media={},
+                    cache=going.cache,
+                )
+                logprobs = policy.next_token_logprobs(hidden[:, -1])
+                logprobs.exp()  # what tokens are drawn from
+                return [prefill, tracer.stage()]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _packed(self, trajectories: Sequence[Trajectory], *, packed: bool, shared: bool) -> PolicyBatch:
+        builder = BatchBuilder(self.policy.adapter, self._media, packed=packed, shared=shared)
+        for trajectory in trajectories:
+            builder.add_trajectory(trajectory)
+        batch = builder.build()
+        if batch.tree_sees is None:
+            return batch
+        # Nobody looks into it, and it may be large.
+        return replace(batch, tree_sees=on_meta(batch.tree_sees))
+
+
+def _grow(memory: Memory, tokens: int) -> None:
+    """Let the cache hold so many tokens more, written one by one as while decoding."""
+    layers: list[Any] = memory.cache.layers
+    for layer in layers:
+        if not layer.is_initialized or layer.keys is None:
+            continue
+        left = tokens
+        while left > 0:
+            # Up to where the room ends nothing is allocated, so that it may as well be written at once.
+            room = getattr(layer, "_room", None)
+            step = 1 if room is None else max(1, min(left, room.keys.shape[-2] - layer.get_seq_length()))
+            rows, heads, _, size = layer.keys.shape
+            new = torch.empty(rows, heads, step, size, dtype=layer.keys.dtype, device=META)
+            layer.update(new, new)
+            left -= step
+
+
+def _drop_gradient(tracer: Tracer, parameter: Tensor) -> None:
+    """Finished gradients are counted by whoever knows how long they stay."""
+    assert parameter.grad is not None
+    tracer.forget(parameter.grad)
+    parameter.grad = None
+
+
+def _label_vision(policy: Policy, tracer: Tracer) -> list[Any]:
+    """Book what the vision part and the connector allocate in the forward pass as theirs."""
+
+    def enter(*_: Any) -> None:
+        tracer.label = "vision"
+
+    def leave(*_: Any) -> None:
+        tracer.label = "activations"
+
+    hooks: list[Any] = []
+    for model in _models(policy):
+        for name, module in model.named_modules():
+            owner = name.rpartition(".")[0]
+            part = policy.adapter.part_of
+            if name and part(f"{name}.weight") != "language" and (not owner or part(f"{owner}.weight") == "language"):
+                hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    return hooks
+
+
+def _layer_lists(policy: Policy) -> dict[Part, list[tuple[nn.Module, str, nn.ModuleList]]]:
+    """The lists of layers of the vision part and of the language model: who owns each, by which name."""
+    found: dict[Part, list[tuple[nn.Module, str, nn.ModuleList]]] = {}
+    for model in _models(policy):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer):
+                owner, _, attribute = name.rpartition(".")
+                part = policy.adapter.part_of(f"{name}.0.weight")
+                found.setdefault(part, []).append((model.get_submodule(owner), attribute, module))
+    return found
+
+
+def _models(policy: Policy) -> list[nn.Module]:
+    return [policy.model] if policy.trunk is None else [policy.model, policy.trunk]
+
+
+def _times(footprint: Footprint, factor: float, but: Sequence[str] = ()) -> Footprint:
+    def scaled(sizes: Mapping[str, int]) -> dict[str, int]:
+        return {label: size if label in but else round(factor * size) for label, size in sizes.items()}
+
+    return replace(
+        footprint, peak=scaled(footprint.peak), left=scaled(footprint.left), flops=round(factor * footprint.flops)
+    )
+
+
+def _added(total: Footprint, few: Footprint, one_more: Footprint, count: int) -> Footprint:
+    """What a further layer adds, so many times."""
+
+    def extended(kind: str) -> dict[str, int]:
+        of, low, high = getattr(total, kind), getattr(few, kind), getattr(one_more, kind)
+        labels = dict.fromkeys([*of, *high])
+        return {label: of.get(label, 0) + count * (high.get(label, 0) - low.get(label, 0)) for label in labels}
+
+    return Footprint(
+        extended("peak"),
+        extended("left"),
+        total.host + count * (one_more.host - few.host),
+        total.flops + count * (one_more.flops - few.flops),
+    )

@@ -1,0 +1,384 @@
+"""The plan of a run: what each of its phases holds, part by part, and roughly how long a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rllava_core.algorithms.protocol import Batch
+from rllava_core.errors import ConfigError
+from rllava_core.planning.measuring import Laboratory
+from rllava_core.planning.request import Levers, Request
+from rllava_core.planning.shape import QuantizedLinear, planned_adapter, planned_model
+from rllava_core.planning.timing import Machine, Seconds
+from rllava_core.planning.tracing import Footprint
+from rllava_core.planning.workload import Episodes, PlannedMedia
+from rllava_core.policy.policy import Policy
+from rllava_core.policy.trained import copy_sharing_frozen, is_adapted
+from rllava_core.training.sight import EPISODES as PROBED
+
+MIB = 2**20
+
+PROCESS = 180 * MIB
+"""Host memory over that of an interpreter that has imported everything: threads, libraries' own buffers, the data set.
+Measured by `benchmarks/plan_accuracy.py`."""
+
+CUDA_CONTEXT = 600 * MIB
+"""What the driver and cuBLAS take of a card before any tensor. Not yet measured by us."""
+
+CUDA_HOST = 2048 * MIB
+"""Host memory of a process that uses CUDA, over one that does not. Not yet measured by us."""
+
+MEDIA_LIMIT = 2**30
+"""`MediaStore`'s limit."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run: what is held at its worst moment, in bytes by part.
+
+    device: on the GPU; empty if the model is on the CPU, where all is `host`.
+    """
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+    @property
+    def device_total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    parameters, trained: how many weights the model has, and how many of them are trained.
+    prompt_tokens, image_tokens: of a turn; the latter are among the former.
+    micro_batches: of one optimizer step.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    device: str
+    levers: Levers
+    prompt_tokens: int
+    image_tokens: int
+    micro_batches: int
+    phases: tuple[Phase, ...]
+    seconds: Seconds
+
+    @property
+    def device_peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.device_total)
+
+    @property
+    def host_peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.host_total)
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the memory that a card must have; without one, of the host's."""
+        return self.device_peak.device_total if self.device == "cuda" else self.host_peak.host_total
+
+
+class Planner:
+    """Plans a request, and the same one with other levers without measuring again what they do not change."""
+
+    def __init__(self, request: Request, machine: Machine) -> None:
+        self._first = request
+        self._machine = machine
+        self._subjects: dict[str, _Subject] = {}
+        self._plans: dict[Levers, Plan] = {}
+
+    def plan(self, levers: Levers | None = None) -> Plan:
+        """The plan with these levers; the request's own if none are given."""
+        levers = levers or self._first.levers
+        if levers not in self._plans:
+            self._plans[levers] = self._planned(levers)
+        return self._plans[levers]
+
+    def at_least(self, levers: Levers) -> int:
+        """Bytes that a card must have for weights, states and gradients alone. Measures nothing."""
+        request = self._first.with_levers(**asdict(levers))
+        subject = self._subject(request)
+        states = 0 if levers.optimizer_on_cpu else optimizer_bytes(levers, subject.trained_parameters)
+        streamed = levers.optimizer_on_cpu or levers.step_in_backward
+        gradients = 0 if streamed else sum(item.nbytes for item in subject.trained_parameters)
+        return subject.weights + subject.other_weights + subject.copies + states + gradients
+
+    def _planned(self, levers: Levers) -> Plan:
+        request = self._first.with_levers(**asdict(levers))
+        subject = self._subject(request)
+        parts = _Parts(request, subject)
+        seconds = self._machine.seconds(parts)
+        return Plan(
+            model=request.options.path or str(request.options.from_scratch),
+            parameters=subject.parameters,
+            trained=subject.trained,
+            device=request.device,
+            levers=levers,
+            prompt_tokens=subject.episodes.prompt_length,
+            image_tokens=subject.episodes.image_tokens,
+            micro_batches=parts.micro_batches,
+            phases=tuple(parts.phases()),
+            seconds=seconds,
+        )
+
+    def _subject(self, request: Request) -> _Subject:
+        key = f"{request.levers.dtype} {request.levers.mixed_precision}"
+        if key not in self._subjects:
+            self._subjects[key] = _Subject(request)
+        return self._subjects[key]
+
+
+class _Subject:
+    """The model on the meta device, in one precision, and what was measured of it."""
+
+    def __init__(self, request: Request) -> None:
+        adapter = planned_adapter(request.model)
+        model = planned_model(adapter, request.options)
+        own_trunk = any(head.own_trunk for head in request.heads.values())
+        trunk = copy_sharing_frozen(model) if own_trunk else None
+        self.policy = Policy(adapter, model, request.heads, request.training.temperature, trunk)
+        self.policy.heads.to("meta")
+        self.adapter = adapter
+        self.adapted = is_adapted(model)
+        self.media = PlannedMedia(adapter, request.workload.image)
+        self.episodes = Episodes(request.workload, adapter, self.media)
+        longest = request.workload.turns * (self.episodes.prompt_length + request.workload.answer_tokens)
+        if longest > adapter.context_length:
+            raise ConfigError(
+                f"an episode has {longest} tokens, and the model's context is {adapter.context_length}; see the sizes "
+                "of the image, the prompt and the answer"
+            )
+        autocast = torch.bfloat16 if request.levers.mixed_precision == "bf16" else None
+        self.laboratory = Laboratory(self.policy, self.media, self.episodes, autocast)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.trained = sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
+        self.weights = _bytes(self.policy.model)
+        self.other_weights = _bytes(self.policy) - self.weights
+        self.copies = len(request.copies) * _own_bytes(self.policy)
+        self._measured: dict[object, Footprint] = {}
+
+    @cached_property
+    def trained_parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def update(self, trajectories: Sequence[object], **how: bool) -> Footprint:
+        key = ("update", len(trajectories), *sorted(how.items()))
+        if key not in self._measured:
+            self._measured[key] = self.laboratory.update(trajectories, **how)  # type: ignore[arg-type]
+        return self._measured[key]
+
+    def probe(self, trajectories: Sequence[object]) -> Footprint:
+        key = ("probe", len(trajectories))
+        if key not in self._measured:
+            self._measured[key] = self.laboratory.probe(trajectories)  # type: ignore[arg-type]
+        return self._measured[key]
+
+    def evaluation(self, trajectories: Sequence[object]) -> Footprint:
+        key = ("evaluation", len(trajectories))
+        if key not in self._measured:
+            self._measured[key] = self.laboratory.evaluation(trajectories)  # type: ignore[arg-type]
+        return self._measured[key]
+
+    def sampling(self, groups: int, count: int) -> Footprint:
+        key = ("sampling", groups, count)
+        if key not in self._measured:
+            self._measured[key] = self.laboratory.sampling(groups, count)
+        return self._measured[key]
+
+
+class _Parts:
+    """What the phases of a run are made of."""
+
+    def __init__(self, request: Request, subject: _Subject) -> None:
+        self.request, self.subject = request, subject
+        levers, workload = request.levers, request.workload
+        groups = -(-workload.prompts // request.minibatches)
+        self.batch = subject.episodes.trajectories(groups, workload.group_size)
+        split = list(Batch(tuple(self.batch), {}).split(levers.micro_batch_tokens, shared=levers.prefix_sharing))
+        self.micro_batches = len(split)
+        self.micro_batch = split[0].trajectories
+        if levers.step_in_backward and self.micro_batches > 1:
+            raise ConfigError(
+                f"engine.train.step_in_backward needs one micro-batch a step, and there are {self.micro_batches}: "
+                "raise training.micro_batch_tokens, or sample fewer or shorter episodes"
+            )
+        self.update = subject.update(
+            self.micro_batch,
+            sharing=levers.prefix_sharing,
+            recompute=levers.checkpoint_activations,
+            offload=levers.offload_activations,
+            entropy=request.entropy,
+        )
+        trained = subject.trained_parameters
+        self.streamed = levers.optimizer_on_cpu or levers.step_in_backward or levers.stochastic_rounding
+        # Gradients of several passes are added in the precision that the optimizer steps in.
+        wide = self.micro_batches > 1
+        self.gradients = sum(
+            item.numel() * (_stepped_in(levers, item) if wide else item.element_size()) for item in trained
+        )
+        self.states = optimizer_bytes(levers, trained)
+        self.step_needs = _step_bytes(levers, trained)
+
+    @property
+    def optimizer_device(self) -> int:
+        return 0 if self.request.levers.optimizer_on_cpu else self.states
+
+    def phases(self) -> list[Phase]:
+        request, subject, workload = self.request, self.subject, self.request.workload
+        before = {"weights": subject.weights, "heads and critic": subject.other_weights, "copies": subject.copies}
+        # A torch optimizer's gradients stay until the next step begins; streamed ones are let go by the step itself.
+        kept = {**before, "optimizer": self.optimizer_device, "gradients": 0 if self.streamed else self.gradients}
+        limit = request.levers.max_sequences
+        found = [self._loading(before)]
+        shown = min(workload.episodes, limit, request.evaluated or limit)
+        found.append(self._phase("evaluation", kept, subject.sampling(shown, 1)))
+        if request.levers.unseen_images != "ignore" and workload.image is not None and workload.images:
+            looked_at = subject.episodes.trajectories(min(PROBED, shown), 1)
+            first = next(iter(Batch(tuple(looked_at), {}).split(request.levers.micro_batch_tokens))).trajectories
+            # As `rllava_core.training.sight` computes it, which pulls none of the engine's levers.
+            found.append(self._phase("image probe", kept, subject.probe(first)))
+        if request.rollouts:
+            groups = max(1, min(workload.prompts, limit // workload.group_size))
+            found.append(self._phase("rollout", kept, subject.sampling(groups, workload.group_size)))
+        if request.copies:
+            found.append(self._phase("reference", kept, subject.evaluation(self.micro_batch)))
+        gradients, on_host = self._gradients()
+        found.append(self._phase("update", {**kept, "gradients": gradients}, self.update, on_host))
+        whole = 0 if request.levers.optimizer_on_cpu else self.gradients
+        step = {**kept, "gradients": 0 if request.levers.step_in_backward else whole}
+        host = dict(self._host())
+        if request.levers.optimizer_on_cpu:
+            host |= {"gradients on the CPU": self.gradients, "optimizer's step": self.step_needs}
+        else:
+            step["optimizer's step"] = self.step_needs
+        found.append(self._placed("optimizer", step, host))
+        found.append(self._checkpoint(kept))
+        return found
+
+    def _gradients(self) -> tuple[int, int]:
+        """Finished gradients at the update's worst moment, on the device and on the host.
+
+        Those of earlier micro-batches are all there. Those of the only one grow as activations are freed, so that there
+        are never all of both.
+        """
+        levers = self.request.levers
+        if levers.optimizer_on_cpu:
+            return 0, self.gradients
+        if levers.step_in_backward:
+            return 0, 0
+        return (self.gradients if self.micro_batches > 1 else max(0, self.gradients - self.update.total)), 0
+
+    def _phase(self, name: str, kept: Mapping[str, int], footprint: Footprint, gradients: int = 0) -> Phase:
+        labels = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "activations": "activations"}
+        device = {**kept, **{title: footprint.peak.get(label, 0) for label, title in labels.items()}}
+        host = {**self._host(), "gradients on the CPU": gradients, "offloaded activations": footprint.host}
+        return self._placed(name, device, host)
+
+    def _host(self) -> dict[str, int]:
+        workload, media = self.request.workload, self.subject.media.bytes
+        images = workload.prompts * workload.images * workload.turns
+        return {
+            "process": PROCESS if self.request.device == "cpu" else CUDA_HOST,
+            "images": min(MEDIA_LIMIT, images * media),
+            "optimizer on the CPU": self.states if self.request.levers.optimizer_on_cpu else 0,
+        }
+
+    def _loading(self, before: Mapping[str, int]) -> Phase:
+        """Every copy is a whole model until what is shared is let go."""
+        whole = (1 + len(self.request.copies)) * self.subject.weights
+        if self.request.options.quantization != "none":
+            whole += sum(parameter.numel() for parameter in self.subject.policy.model.parameters())
+        process = self._host()["process"]
+        if self.request.device == "cpu":
+            return Phase("loading", {}, {"weights": whole, "process": process})
+        return Phase("loading", {"context": CUDA_CONTEXT, **before}, {"weights": whole, "process": process})
+
+    def _checkpoint(self, kept: Mapping[str, int]) -> Phase:
+        """What is saved for resuming is copied first; low-rank adapters are merged into copies of their layers."""
+        states = {"optimizer, to be saved": self.states}
+        merged = {"merged weights": _adapted_bytes(self.subject.policy.model)} if self.subject.adapted else {}
+        larger = states if self.states > sum(merged.values()) else merged
+        on_device = larger if larger is merged else {}
+        on_host = {} if larger is merged else dict(larger)
+        if self.request.device == "cuda":
+            on_host["weights, to be saved"] = self.subject.weights
+        return self._placed("checkpoint", {**kept, **on_device}, {**self._host(), **on_host})
+
+    def _placed(self, name: str, device: Mapping[str, int], host: Mapping[str, int]) -> Phase:
+        device = {part: size for part, size in device.items() if size}
+        host = {part: size for part, size in host.items() if size}
+        if self.request.device == "cpu":
+            return Phase(name, {}, {**device, **host})
+        return Phase(name, {"context": CUDA_CONTEXT, **device}, host)
+
+
+def optimizer_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
+    """States of the optimizer, and the float32 weights that it keeps beside the model's."""
+    total = 0
+    for parameter in trained:
+        width, count = _stepped_in(levers, parameter), parameter.numel()
+        if levers.optimizer == "adafactor":
+            # One number a row and a column; a whole second moment of what is no matrix.
+            total += 4 * (sum(parameter.shape) if parameter.ndim > 1 else count)
+        elif levers.optimizer == "adamw_8bit":
+            # A byte each, and a float32 scale for every 256; of small ones bitsandbytes keeps float32.
+            total += 2 * (count + 4 * count // 256) if count >= 4096 else 8 * count
+        else:
+            total += 2 * width * count
+        if levers.optimizer_on_cpu and not levers.stochastic_rounding and parameter.element_size() < 4:
+            total += 4 * count
+    return total
+
+
+def _stepped_in(levers: Levers, parameter: Tensor) -> int:
+    """Bytes a number of what the optimizer steps on: float32 on the host, and where it is rounded at random."""
+    return 4 if levers.optimizer_on_cpu or levers.stochastic_rounding else parameter.element_size()
+
+
+def _step_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
+    """What a step takes for the while: of streamed ones the largest parameter's, in float32 copies.
+
+    The gradient and the same clipped; rounding at random takes the new weight, and about four of its size to draw.
+    """
+    largest = max(parameter.numel() for parameter in trained)
+    if levers.stochastic_rounding:
+        return 26 * largest
+    if levers.optimizer_on_cpu or levers.step_in_backward:
+        return 8 * largest
+    return 8 * largest if levers.optimizer == "adafactor" else 0
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of weights and buffers, what is tied once."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+def _own_bytes(policy: Policy) -> int:
+    """Of a frozen copy of the policy, which shares what is not trained."""
+    return sum(parameter.nbytes for parameter in policy.parameters() if parameter.requires_grad)
+
+
+def _adapted_bytes(model: nn.Module) -> int:
+    """Of the layers that low-rank adapters are around, plain."""
+    total = 0
+    for name, module in model.named_modules():
+        if name.endswith(".base_layer"):
+            layer: Any = module
+            size = layer.in_features * layer.out_features
+            total += size * layer.dtype.itemsize if isinstance(layer, QuantizedLinear) else layer.weight.nbytes
+    return total
