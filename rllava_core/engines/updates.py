@@ -127,7 +127,7 @@ class StreamedUpdate:
         if self._at_once:
             return torch.stack(self._squares).sum().sqrt()
         held = [slot for slot in self._slots if slot.gradient is not None]
-        norm = torch.nn.utils.get_total_norm([slot.gradient for slot in held if slot.gradient is not None])
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([slot.norm() for slot in held]))
         if torch.isfinite(norm):
             # As torch clips, which never scales up.
             scale = None if self._limit is None else (self._limit / (norm + 1e-6)).clamp(max=1.0)
@@ -147,7 +147,7 @@ class StreamedUpdate:
             slot.take()
             if not self._at_once or slot.gradient is None:
                 return
-            self._squares.append(slot.gradient.float().square().sum())
+            self._squares.append(slot.norm().square())
             if not torch.isfinite(self._squares[-1]):
                 raise TrainingError("the gradient became non-finite in the backward pass, after steps had been taken")
             slot.step(self._rate, None)
@@ -170,10 +170,10 @@ class _Slot:
         self.gradient: Tensor | None = None
         self._device = torch.device("cpu") if on_cpu else parameter.device
         half = parameter.dtype in (torch.bfloat16, torch.float16)
-        self._stochastic = stochastic and half
-        wide = torch.float32 if half and (on_cpu or stochastic) else parameter.dtype
+        self._stochastic = stochastic and parameter.dtype == torch.bfloat16
+        wide = torch.float32 if half and (on_cpu or self._stochastic) else parameter.dtype
         # Keeps the small steps, which rounding to the nearest would lose.
-        mastered = half and on_cpu and not stochastic
+        mastered = half and on_cpu and not self._stochastic
         self._master = parameter.detach().to(self._device, wide, copy=True) if mastered else None
         self._stand_in = nn.Parameter(torch.empty(0, dtype=wide, device=self._device))
         self._optimizer = make([self._stand_in])
@@ -190,19 +190,30 @@ class _Slot:
             wide = self._stand_in.dtype
             self.gradient = self.gradient.to(wide).add_(gradient.to(self._device, wide))
 
+    def norm(self) -> Tensor:
+        """Of the gradient, in float32 at least."""
+        assert self.gradient is not None
+        wide = torch.promote_types(self.gradient.dtype, torch.float32)
+        norm: Tensor = torch.linalg.vector_norm(self.gradient, dtype=wide)
+        return norm
+
     @torch.no_grad()
     def step(self, learning_rate: float, scale: Tensor | None) -> None:
         assert self.gradient is not None
         stand_in = self._stand_in
         held = self.parameter if self._master is None else self._master
         stand_in.data = held.detach().to(self._device, stand_in.dtype)
-        gradient = self.gradient.to(stand_in.dtype)
-        stand_in.grad = gradient if scale is None else gradient * scale
+        stand_in.grad = self.gradient.to(stand_in.dtype)
+        if scale is not None:
+            stand_in.grad *= scale
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        new = stand_in.data
-        self.parameter.copy_(stochastically_rounded(new, self.parameter.dtype) if self._stochastic else new)
+        if self._stochastic:
+            for old, new in zip(_pieces(self.parameter), _pieces(stand_in.data), strict=True):
+                old.copy_(stochastically_rounded(new))
+        else:
+            self.parameter.copy_(stand_in.data)
         self.gradient = stand_in.grad = None
         stand_in.data = torch.empty(0, dtype=stand_in.dtype, device=self._device)
 
@@ -217,14 +228,22 @@ class _Slot:
             self._master.copy_(state["master"])
 
 
-def stochastically_rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+PIECE = 2**24
+"""Weights rounded at once: the bits and the noise of a large embedding would take several times its own room."""
+
+
+def _pieces(values: Tensor) -> Sequence[Tensor]:
+    pieces: Sequence[Tensor] = values.detach().view(-1).split(PIECE)
+    return pieces
+
+
+def stochastically_rounded(values: Tensor) -> Tensor:
     """Float32 values in bfloat16: the neighbour above or below, with probabilities that make the mean exact.
 
     Draws from torch's global random state. Values that are not finite stay so.
     """
-    assert dtype == torch.bfloat16
     # A bfloat16 is the upper half of a float32; what the lower half adds carries over with its own probability.
     bits = values.view(torch.int32)
     noise = torch.randint_like(bits, 0, 1 << 16)
     rounded = ((bits + noise) & -(1 << 16)).view(torch.float32)
-    return torch.where(torch.isfinite(values), rounded, values).to(dtype)
+    return torch.where(torch.isfinite(values), rounded, values).to(torch.bfloat16)

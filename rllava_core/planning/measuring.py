@@ -154,7 +154,7 @@ class Laboratory:
         hooks = _label_vision(policy, tracer)
         try:
             with torch.set_grad_enabled(bool(seeing)), tracer:
-                loss = policy(self._packed(trajectories, packed=False, shared=True)).logprobs.mean()
+                loss = policy(self._packed(trajectories, packed=policy.recomputes, shared=True)).logprobs.mean()
                 forward = tracer.stage()
                 if seeing:
                     backward(loss, seeing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -83,6 +84,11 @@ class Policy(nn.Module):
         self._recomputed: Recomputed | None = None
         self.forbidden: Tensor
         self.register_buffer("forbidden", forbidden, persistent=False)
+
+    def copied(self) -> Policy:
+        """A policy of its own that shares the adapter, and the very tensors of what is not trained."""
+        shared = {id(item): item for item in self.parameters() if not item.requires_grad}
+        return copy.deepcopy(self, memo={**shared, id(self.adapter): self.adapter})
 
     def recompute(self, wanted: bool) -> None:
         """Whether passes with gradients over packed batches keep the inputs of layers only, and compute the rest again.

@@ -147,15 +147,15 @@ def _linear_layers(model: PreTrainedModel, adapter: ModelAdapter, parts: set[Par
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy without adapters that computes the same, and holds nothing quantized. Weights that are neither adapted nor
-    quantized are shared, not copied."""
+    quantized are shared, not copied; the others go to the host one by one, for an accelerator may have no room."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            layers[name] = _merged_layer(module)
+            layers[name] = _merged_layer(module).cpu()
         elif is_quantized(module) and not name.endswith(".base_layer"):  # one that `lora.targets` left out
-            layers[name] = plain_linear(module)
+            layers[name] = plain_linear(module).cpu()
     parameters = {id(item): item for item in model.parameters()}
     plain = copy.deepcopy(model, memo=parameters)
     for name, layer in layers.items():

@@ -117,14 +117,23 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
         policy = policy_of(
             resolved.model if checkpoint is None else _from_checkpoint(resolved.model, checkpoint, learning)
         )
-    copies = {name: policy_of(resolved.model) for name in algorithm.copies} if learning else {}
-    for frozen in copies.values():
-        share_frozen(frozen, policy)
+    copies = {name: _first(policy, policy_of, resolved, checkpoint) for name in algorithm.copies} if learning else {}
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
     episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits)
     return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler)
+
+
+def _first(
+    policy: Policy, load: Callable[[Resolved], Policy], resolved: ResolvedConfig, checkpoint: Path | None
+) -> Policy:
+    """Another policy that is the one that training began with, and shares with `policy` what is not trained."""
+    if checkpoint is None or _from_checkpoint(resolved.model, checkpoint, True) is resolved.model:
+        return policy.copied()
+    first = load(resolved.model)
+    share_frozen(first, policy)
+    return first
 
 
 def _first_observation(task: Task, seed: int) -> Observation:

@@ -20,21 +20,43 @@ _TENSOR = "__tensor__"
 _KEYS = "__items__"
 
 
+SHARD_BYTES = 2**30
+"""Tensors written to one file, and so copied at once: the states of an optimizer may fill most of the memory."""
+
+
 def save_tree(tree: Any, path: Path) -> None:
-    """Write nested dicts, lists and tuples of tensors and JSON values as `path`.json and `path`.safetensors.
+    """Write nested dicts, lists and tuples of tensors and JSON values as `path`.json and `path`.safetensors, where
+    there is much of them followed by `path`-1.safetensors and so on.
 
     Raises TrainingError that names the place of any other value.
     """
     tensors: dict[str, Tensor] = {}
     plain = _detach(tree, (), tensors)
-    path.with_suffix(".json").write_text(json.dumps(plain), encoding="utf-8")
-    save_file(tensors, path.with_suffix(".safetensors"))
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    path.with_suffix(".json").write_text(json.dumps({"tree": plain, "files": len(shards)}), encoding="utf-8")
+    for number, names in enumerate(shards):
+        # Copies: safetensors refuses tensors that share memory.
+        save_file({name: tensors[name].cpu().clone().contiguous() for name in names}, _shard(path, number))
 
 
 def load_tree(path: Path) -> Any:
     """What `save_tree` wrote; tensors on the CPU; tuples come back as lists."""
-    plain = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return _attach(plain, load_file(path.with_suffix(".safetensors")))
+    written = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    tensors: dict[str, Tensor] = {}
+    for number in range(written["files"]):
+        tensors |= load_file(_shard(path, number))
+    return _attach(written["tree"], tensors)
+
+
+def _shard(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}-{number}.safetensors" if number else f"{path.name}.safetensors")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,8 +104,7 @@ def _detach(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> An
     if isinstance(value, Tensor):
         # Numbered, since {"a.b": …} and {"a": {"b": …}} have the same path.
         name = ".".join([str(len(tensors)), *path])
-        # A copy: safetensors refuses tensors that share memory.
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        tensors[name] = value.detach()
         return {_TENSOR: name}
     if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
         # As pairs, since JSON would turn the integer keys of optimizer states into strings.

@@ -100,7 +100,7 @@ def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert found.keys() == expected.keys()
     gaps = torch.cat([(found[name] - expected[name]).abs().flatten() for name in expected])
     assert gaps.mean() < 1e-6
-    assert (gaps > 1e-5).float().mean() < 1e-2
+    assert (gaps > 1e-4).float().mean() < 5e-3
 
 
 @pytest.mark.parametrize("task", ["choices", "text"])

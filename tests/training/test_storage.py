@@ -52,6 +52,22 @@ def test_a_tree_comes_back_as_it_was(tmp_path: Path, name: str) -> None:
     assert equal(TREES[name], load_tree(tmp_path / "state"))
 
 
+def test_much_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one at a time is copied."""
+    monkeypatch.setattr("rllava_core.training.storage.SHARD_BYTES", 64)
+    large = {"weights": [torch.randn(size) for size in (3, 12, 40, 1, 1, 8)], "shared": SHARED, "part": SHARED[2:4]}
+
+    save_tree(large, tmp_path / "state")
+
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[0] == "state-1.safetensors"
+    assert len(names) > 4
+    assert equal(large, load_tree(tmp_path / "state"))
+    (tmp_path / "state-2.safetensors").unlink()
+    with pytest.raises(OSError, match=r"state-2\.safetensors"):
+        load_tree(tmp_path / "state")
+
+
 def test_what_comes_back_needs_no_gradient(tmp_path: Path) -> None:
     save_tree([torch.ones(2, requires_grad=True)], tmp_path / "state")
 
