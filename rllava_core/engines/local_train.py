@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class LocalTrainEngine:
             )
         else:
             self._wrapped, optimizer = self._accelerator.prepare(self.policy, make(trained))
-            self._update = WholeUpdate(optimizer, self._clip, limit)
+            self._update = WholeUpdate(optimizer, partial(_clipped, self._accelerator, self.policy), limit)
         # Dropout would make the log-probs of sampling and training differ.
         self.policy.eval()
         self._copies = dict(setup.copies)
@@ -152,10 +153,6 @@ class LocalTrainEngine:
             builder.add_trajectory(trajectory)
         return builder.build().to(self.policy.device)
 
-    def _clip(self, limit: float) -> torch.Tensor:
-        norm = self._accelerator.clip_grad_norm_(self.policy.parameters(), limit)
-        return torch.as_tensor(norm)
-
     def _saving(self) -> AbstractContextManager[Any]:
         """Where what backward needs is kept."""
         return kept_on_host(self.policy) if self._offload else nullcontext()
@@ -164,6 +161,11 @@ class LocalTrainEngine:
         """Gradients of all micro-batches but the last stay on their process."""
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped) if postponed else nullcontext()
         return context
+
+
+def _clipped(accelerator: Accelerator, policy: Policy, limit: float) -> torch.Tensor:
+    """The norm of all gradients before they were clipped."""
+    return torch.as_tensor(accelerator.clip_grad_norm_(policy.parameters(), limit))
 
 
 def _check_options(config: LocalTrainConfig, setup: TrainSetup) -> None:

@@ -21,6 +21,7 @@ from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import copy_sharing_frozen, is_adapted
 from rllava_core.training.sight import EPISODES as PROBED
+from rllava_core.training.storage import SHARD_BYTES
 
 MIB = 2**20
 
@@ -298,8 +299,8 @@ class _Parts:
         }
 
     def _loading(self, before: Mapping[str, int]) -> Phase:
-        """Every copy is a whole model until what is shared is let go."""
-        whole = (1 + len(self.request.copies)) * self.subject.weights
+        """As a run begins: copies hold what is trained alone. (One that is resumed loads them as it did the first.)"""
+        whole = self.subject.weights + self.subject.copies
         if self.request.options.quantization != "none":
             whole += sum(parameter.numel() for parameter in self.subject.policy.model.parameters())
         process = self._host()["process"]
@@ -308,15 +309,14 @@ class _Parts:
         return Phase("loading", {"context": CUDA_CONTEXT, **before}, {"weights": whole, "process": process})
 
     def _checkpoint(self, kept: Mapping[str, int]) -> Phase:
-        """What is saved for resuming is copied first; low-rank adapters are merged into copies of their layers."""
-        states = {"optimizer, to be saved": self.states}
-        merged = {"merged weights": _adapted_bytes(self.subject.policy.model)} if self.subject.adapted else {}
-        larger = states if self.states > sum(merged.values()) else merged
-        on_device = larger if larger is merged else {}
-        on_host = {} if larger is merged else dict(larger)
+        """What is saved for resuming is copied file by file; low-rank adapters are merged into copies of their layers,
+        on the host."""
+        states = min(self.states, SHARD_BYTES)
+        merged = _adapted_bytes(self.subject.policy.model) if self.subject.adapted else 0
+        on_host = {"merged weights": merged} if merged > states else {"optimizer, to be saved": states}
         if self.request.device == "cuda":
             on_host["weights, to be saved"] = self.subject.weights
-        return self._placed("checkpoint", {**kept, **on_device}, {**self._host(), **on_host})
+        return self._placed("checkpoint", kept, {**self._host(), **on_host})
 
     def _placed(self, name: str, device: Mapping[str, int], host: Mapping[str, int]) -> Phase:
         device = {part: size for part, size in device.items() if size}
@@ -352,12 +352,12 @@ def _stepped_in(levers: Levers, parameter: Tensor) -> int:
 def _step_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
     """What a step takes for the while: of streamed ones the largest parameter's, in float32 copies.
 
-    The gradient and the same clipped; rounding at random takes the new weight, and about four of its size to draw.
+    The weight and its gradient, and bitsandbytes on the CPU takes 28 bytes a weight; rounding at random takes pieces.
     """
     largest = max(parameter.numel() for parameter in trained)
-    if levers.stochastic_rounding:
-        return 26 * largest
-    if levers.optimizer_on_cpu or levers.step_in_backward:
+    if levers.optimizer == "adamw_8bit" and levers.optimizer_on_cpu:
+        return 28 * largest
+    if levers.stochastic_rounding or levers.optimizer_on_cpu or levers.step_in_backward:
         return 8 * largest
     return 8 * largest if levers.optimizer == "adafactor" else 0
 

@@ -24,6 +24,9 @@ from rllava_core.mdp.messages import ImagePart, Message, Observation, TextPart
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.config import ModelConfig
 
+RENDERED = 4096
+"""Rendered messages that are remembered."""
+
 _ANSWER = "An answer."
 """Stands for what the assistant said, where only what follows it is wanted."""
 
@@ -44,6 +47,7 @@ class TransformersAdapter:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+        self._rendered: dict[object, tuple[int, ...]] = {}
         self.processor = self.scratch_processor() if config.from_scratch is not None else self._load_processor()
         self.tokenizer = self.processor.tokenizer
         self.placeholder = str(self.processor.image_token)
@@ -130,16 +134,22 @@ class TransformersAdapter:
     def render(
         self, messages: Sequence[Message], features: Sequence[Features], *, continues: bool = False
     ) -> tuple[int, ...]:
+        images = tuple(self.image_text(item) for item in features)
+        # Pictures of one size make one text, and a template takes longer than the policy of a small model.
+        key = (_wording(messages), images, continues, self.end_of_turn[0])
+        if key not in self._rendered:
+            if len(self._rendered) >= RENDERED:
+                self._rendered.clear()
+            self._rendered[key] = self._render(messages, images, continues)
+        return self._rendered[key]
+
+    def _render(self, messages: Sequence[Message], images: Sequence[str], continues: bool) -> tuple[int, ...]:
         conversation = [{"role": message.role, "content": self._content(message)} for message in messages]
         text = self._continuation(conversation) if continues else self._template(conversation)
         pieces = text.split(self.placeholder)
-        if len(pieces) != len(features) + 1:
-            raise ModelError(
-                f"model {self.origin}: the chat template shows {len(pieces) - 1} of {len(features)} images"
-            )
-        expanded = pieces[0] + "".join(
-            self.image_text(item) + piece for item, piece in zip(features, pieces[1:], strict=True)
-        )
+        if len(pieces) != len(images) + 1:
+            raise ModelError(f"model {self.origin}: the chat template shows {len(pieces) - 1} of {len(images)} images")
+        expanded = pieces[0] + "".join(image + piece for image, piece in zip(images, pieces[1:], strict=True))
         if not continues:
             return (*self._opening(expanded), *self._tokens(expanded))
         # With the end of the turn before it, which is taken off again: SentencePiece writes the beginning of a text
@@ -292,6 +302,14 @@ class TransformersAdapter:
             return loader(self.config.path, trust_remote_code=self.config.trust_remote_code, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None
+
+
+def _wording(messages: Sequence[Message]) -> tuple[object, ...]:
+    """What messages say, whatever their pictures show."""
+    return tuple(
+        (message.role, tuple(part.text if isinstance(part, TextPart) else None for part in message.parts))
+        for message in messages
+    )
 
 
 def _refuse_sliding(text: Any, origin: str) -> None:

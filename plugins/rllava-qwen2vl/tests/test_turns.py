@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rllava_core.engines.config import LocalRolloutConfig
 from rllava_core.engines.local_rollout import LocalRolloutEngine
@@ -149,7 +149,9 @@ def test_behaviour_log_probs_equal_recomputed_ones_over_twenty_turns(history: An
 
 @pytest.mark.parametrize("history", ["all", 1])
 @pytest.mark.parametrize("kinds", [("text",), ("choice",)])
-def test_every_action_token_of_every_turn_has_a_gradient_and_no_other_token(history: Any, kinds: Any) -> None:
+def test_every_action_token_of_every_turn_has_a_gradient_and_no_other_token(
+    history: Any, kinds: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits are made only where an action was decided, once for each of its tokens, and all of them are pushed."""
     policy = make_policy()
     trajectories = play(policy, 4, history, kinds)
@@ -159,7 +161,10 @@ def test_every_action_token_of_every_turn_has_a_gradient_and_no_other_token(hist
         output.retain_grad()
         rows.append(output)
 
-    policy.adapter.lm_head(policy.model).register_forward_hook(keep)
+    # The gradient of a plain linear layer is written out, and has no logits of autograd's.
+    head = nn.Sequential(policy.adapter.lm_head(policy.model))
+    head.register_forward_hook(keep)
+    monkeypatch.setattr(policy.adapter, "lm_head", lambda model: head)
     for trajectory in trajectories:
         rows.clear()
         recompute(policy, [trajectory]).sum().backward()
