@@ -115,17 +115,17 @@ def measure_logprobs(job: Mapping[str, Any]) -> dict[str, Any]:
     token = torch.randint(0, LOGPROB_VOCABULARY - 1, (tokens,), device=device)
     forbidden = torch.zeros(LOGPROB_VOCABULARY, dtype=torch.bool, device=device)
     forbidden[-1] = True
-    # What a step holds anyway. A later micro-batch finds the gradient there and adds to it; the first one makes it.
+    # What a step holds anyway. A later micro-batch finds the gradient there and adds to it, as a train engine asks by
+    # `adds_up`; the first one makes it.
     hidden.grad = torch.zeros_like(hidden)
     gradient = torch.zeros_like(head.weight)
     if job["later"]:
         head.weight.grad = gradient
     memory = Memory()
     memory.begin()
-    if not job["later"]:
-        del gradient
+    del gradient
     began = time.perf_counter()
-    logprobs, _ = chunked_logprobs(hidden, head, row, token, forbidden, 1.0)
+    logprobs, _ = chunked_logprobs(hidden, head, row, token, forbidden, 1.0, adds_up=True)
     logprobs.mean().backward()
     if device == "cuda":
         torch.cuda.synchronize()

@@ -73,7 +73,8 @@ class LocalTrainEngine:
         for number, micro in enumerate(micro_batches):
             with self._without_reduction(number < len(micro_batches) - 1):
                 with self._saving():
-                    result = loss(micro.to(self.policy.device), self._wrapped(self._pack(micro.trajectories)))
+                    output = self._wrapped(self._pack(micro.trajectories), adds_up=True)
+                    result = loss(micro.to(self.policy.device), output)
                 if not torch.isfinite(result.total):
                     raise TrainingError(f"the loss became {result.total.item()} on {_describe(micro)}")
                 self._accelerator.backward(result.total)

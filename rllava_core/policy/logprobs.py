@@ -28,11 +28,16 @@ def chunked_logprobs(
     forbidden: Tensor,  # [V] bool
     temperature: float,
     chunk_elements: int = CHUNK_ELEMENTS,
+    *,
+    adds_up: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [K] of tokens and entropies [R] (nats) of softmax(logits / temperature) over the allowed tokens.
 
     Float32 at least, whatever the model's precision. `row` must ascend, so that each chunk of hidden states owns one
     slice of the tokens.
+
+    adds_up: `backward` follows, which adds to the gradients that are there: that of a linear head then grows where it
+        is, and no second one is made beside it. Not for `torch.autograd.grad`, whose result would hold both.
     """
     size = max(1, chunk_elements // forbidden.numel())
     if not len(hidden):
@@ -43,7 +48,7 @@ def chunked_logprobs(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm_head.weight.dtype
         # A tensor's own conversion, which autograd knows, and which autocast would make anew for every chunk.
         inputs = (hidden.to(dtype), lm_head.weight.to(dtype), None if lm_head.bias is None else lm_head.bias.to(dtype))
-        found: tuple[Tensor, Tensor] = _LinearScores.apply(*inputs, row, token, never, temperature, size)
+        found: tuple[Tensor, Tensor] = _LinearScores.apply(*inputs, row, token, never, temperature, size, adds_up)
         return found
     logprobs, entropies = [], []
     for part, own in _chunks(row, len(hidden), size):
@@ -93,6 +98,7 @@ class _LinearScores(torch.autograd.Function):
         never: Tensor,
         temperature: float,
         size: int,
+        adds_up: bool,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(row), dtype=wide)
@@ -111,7 +117,7 @@ class _LinearScores(torch.autograd.Function):
             totals[part] = largest[:, 0] + logs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, row, token, never, totals, entropies)
-        ctx.temperature, ctx.size = temperature, size
+        ctx.temperature, ctx.size, ctx.adds_up = temperature, size, adds_up
         return logprobs, entropies
 
     @staticmethod
@@ -123,7 +129,7 @@ class _LinearScores(torch.autograd.Function):
             of_logprobs = torch.zeros(len(row), dtype=totals.dtype, device=row.device)
         per_row = torch.zeros_like(totals).index_add_(0, row, of_logprobs)
         for_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for_weight = _begun(weight, ctx.adds_up) if ctx.needs_input_grad[1] else None
         for_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part, own in _chunks(row, len(hidden), ctx.size):
             scores = _linear_scores(hidden[part], weight, bias, never, ctx.temperature)
@@ -146,7 +152,16 @@ class _LinearScores(torch.autograd.Function):
                 for_weight.addmm_(change.T, hidden[part])
             if for_bias is not None:
                 for_bias += change.sum(dim=0)
-        return for_hidden, for_weight, for_bias, None, None, None, None, None
+        return for_hidden, for_weight, for_bias, None, None, None, None, None, None
+
+
+def _begun(weight: Tensor, adds_up: bool) -> Tensor:
+    """What the gradient of a weight is added to: zeros, or the one of the backward passes before, taken off the weight,
+    which gets it back as a whole."""
+    if not adds_up or not weight.is_leaf or weight.grad is None:
+        return torch.zeros_like(weight)
+    gradient, weight.grad = weight.grad, None
+    return gradient
 
 
 _NEVER = -1e30

@@ -106,15 +106,18 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return self.forbidden.device
 
-    def forward(self, batch: PolicyBatch) -> PolicyOutput:
-        """Log-probs, entropies and heads of every decision of the batch."""
+    def forward(self, batch: PolicyBatch, *, adds_up: bool = False) -> PolicyOutput:
+        """Log-probs, entropies and heads of every decision of the batch.
+
+        adds_up: `backward` follows, and not `torch.autograd.grad` (see `chunked_logprobs`).
+        """
         recomputed = self._recomputed if batch.packed and torch.is_grad_enabled() else None
         with recomputed or nullcontext():
-            return self._output(batch)
+            return self._output(batch, adds_up)
 
-    def _output(self, batch: PolicyBatch) -> PolicyOutput:
+    def _output(self, batch: PolicyBatch, adds_up: bool) -> PolicyOutput:
         states = self._states(self.model, batch)
-        scored, entropies = self._score(batch, states)
+        scored, entropies = self._score(batch, states, adds_up)
         choices = _normalise_choices(batch, scored)
         trunk_states = states if self.trunk is None else self._states(self.trunk, batch)
         read = {name: trunk_states if name in self.separate else states for name in self.heads}
@@ -221,9 +224,9 @@ class Policy(nn.Module):
             states.append(trees.flatten(0, 1))
         return torch.cat(states)[batch.read_from]
 
-    def _score(self, batch: PolicyBatch, states: Tensor) -> tuple[Tensor, Tensor]:
-        head = self.adapter.lm_head(self.model)
-        return chunked_logprobs(states, head, batch.scored_read, batch.scored_token, self.forbidden, self.temperature)
+    def _score(self, batch: PolicyBatch, states: Tensor, adds_up: bool = False) -> tuple[Tensor, Tensor]:
+        head, read, token = self.adapter.lm_head(self.model), batch.scored_read, batch.scored_token
+        return chunked_logprobs(states, head, read, token, self.forbidden, self.temperature, adds_up=adds_up)
 
 
 def _tree_mask(batch: PolicyBatch, before: Tensor, dtype: torch.dtype) -> Tensor:

@@ -104,6 +104,36 @@ def test_only_what_is_asked_for_gets_a_gradient(frozen: str) -> None:
         torch.testing.assert_close(head.weight.grad, whole[1], **EXACT)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gradient_of_the_head_grows_where_it_is(bias: bool) -> None:
+    hidden, head = states()
+    if not bias:
+        head.bias = None
+    torch.manual_seed(2)
+    head.weight.grad = torch.randn_like(head.weight)
+    before, place = head.weight.grad.clone(), head.weight.grad.data_ptr()
+    scored = partial(chunked_logprobs, hidden, head, ROWS, TOKENS, FORBIDDEN, 1.0, 3 * WORDS)
+    own = torch.autograd.grad(scored()[0].sum(), head.weight)[0]
+    for passes in (1, 2):
+        scored(adds_up=True)[0].sum().backward()
+        torch.testing.assert_close(head.weight.grad, before + passes * own, **EXACT)
+        assert head.weight.grad.data_ptr() == place
+
+
+def test_a_head_that_is_the_embedding_too_keeps_both_gradients() -> None:
+    """The gradient of the head is made first, and that of the embedding added to what it returns."""
+    table = nn.Embedding(WORDS, HIDDEN, dtype=torch.float64)
+    head = nn.Linear(HIDDEN, WORDS, bias=False, dtype=torch.float64)
+    head.weight = table.weight
+    gradients = []
+    for adds_up in (False, True):
+        table.weight.grad = torch.ones_like(table.weight)
+        states = table(torch.arange(STATES) % WORDS).sin()
+        chunked_logprobs(states, head, ROWS, TOKENS, FORBIDDEN, 1.0, 3 * WORDS, adds_up=adds_up)[0].sum().backward()
+        gradients.append(table.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], **EXACT)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
 def test_half_precision_is_that_of_the_head_alone(dtype: Any) -> None:
     """Products are rounded to bfloat16, the softmax is not."""
