@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Generator
-
 from rllava_core.engines.config import LocalRolloutConfig
 from rllava_core.engines.protocol import RolloutSetup
 from rllava_core.mdp.trajectory import ActionSegment
@@ -26,9 +24,8 @@ class LocalRolloutEngine:
     def generate(
         self, requests: Sequence[Request], seed: int | None, behaviour: Behaviour | None = None
     ) -> list[list[ActionSegment]]:
-        generator = None if seed is None else Generator(self._policy.device).manual_seed(seed)
         with self._autocast():
-            return self._sampler.sample(requests, generator, behaviour, self.config.max_sequences)
+            return self._sampler.sample(requests, seed, behaviour, self.config.max_sequences)
 
     def forget(self) -> None:
         self._sampler.forget()

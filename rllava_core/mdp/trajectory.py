@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rllava_core.mdp.environment import Start
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import ImagePart, Message
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,21 @@ class ContextSegment:
 
     tokens: token ids, image placeholders included.
     images: the pictures behind the placeholders, in order.
-    text: the messages as a person reads them, for the trajectory sample.
+    messages: what was rendered: for people, and for engines that are sent messages and not tokens.
     """
 
     tokens: tuple[int, ...]
     images: tuple[Image, ...] = ()
-    text: str = ""
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """The messages as a person reads them."""
+        return "\n".join(
+            f"{message.role}: "
+            + "".join("[image]" if isinstance(part, ImagePart) else part.text for part in message.parts)
+            for message in self.messages
+        )
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.checks import check_length
+from rllava_core.policy.draws import draw, uniforms
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.memory import Memory, give_back
 from rllava_core.policy.policy import Policy
@@ -28,6 +29,9 @@ class Request:
     choices: token ids of the discrete actions, and their texts; None for free text.
     max_tokens: limit of a free-text action, end of turn included.
     name: for messages.
+    numbers: of the episodes that the actions are for, among all of a step. What is drawn for one depends on the seed
+        and its number alone, however requests are put together, or shared out over processes; without them, the actions
+        of all requests of a call are numbered in their order.
     """
 
     context: tuple[Segment, ...]
@@ -36,6 +40,7 @@ class Request:
     name: str
     choices: tuple[tuple[int, ...], ...] | None = None
     choice_texts: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -64,22 +69,23 @@ class Sampler:
     def sample(
         self,
         requests: Sequence[Request],
-        generator: Generator | None,
+        seed: int | None,
         behaviour: Behaviour | None = None,
         max_sequences: int = 512,
     ) -> list[list[ActionSegment]]:
-        """`count` actions for each request, with the log-prob of every decision. Greedy without a generator.
+        """`count` actions for each request, with the log-prob of every decision. Greedy without a seed.
 
         max_sequences: how many are sampled at once.
         """
         for request in requests:
             check_length(request.length, self._policy.adapter, request.name)
+        requests = numbered(requests)
         behaviour = behaviour or Behaviour()
         kept: list[_Kept] = []
         results: dict[int, list[ActionSegment]] = {}
         for chunk in self._chunks(requests, max_sequences):
             asked = [requests[number] for number in chunk.numbers]
-            actions, memory = self._answer(asked, chunk.kept, generator, behaviour)
+            actions, memory = self._answer(asked, chunk.kept, seed, behaviour)
             results.update(zip(chunk.numbers, actions, strict=True))
             kept.append(memory)
         self._kept = kept
@@ -107,7 +113,7 @@ class Sampler:
         yield from chunks
 
     def _answer(
-        self, requests: Sequence[Request], kept: _Kept | None, generator: Generator | None, behaviour: Behaviour
+        self, requests: Sequence[Request], kept: _Kept | None, seed: int | None, behaviour: Behaviour
     ) -> tuple[list[list[ActionSegment]], _Kept]:
         builder = BatchBuilder(self._policy.adapter, self._media)
         rows = []
@@ -120,9 +126,9 @@ class Sampler:
                 rows.append(builder.add_context(request.context[-2:], request.name, seen, start))
         before = None if kept is None else kept.memory
         if requests[0].choices is not None:
-            actions, memory = self._choose(builder, requests, rows, before, generator, behaviour)
+            actions, memory = self._choose(builder, requests, rows, before, seed, behaviour)
         elif behaviour.is_policy:
-            actions, memory = self._write(builder, requests, rows, before, generator)
+            actions, memory = self._write(builder, requests, rows, before, seed)
         else:
             raise ConfigError(
                 f"{requests[0].name}: the environment asks for free text, and there is no acting at random, or by "
@@ -138,7 +144,7 @@ class Sampler:
         requests: Sequence[Request],
         rows: Sequence[int],
         before: Memory | None,
-        generator: Generator | None,
+        seed: int | None,
         behaviour: Behaviour,
     ) -> tuple[list[list[ActionSegment]], Memory]:
         policy = self._policy
@@ -154,12 +160,13 @@ class Sampler:
         else:
             values = behaviour.action_values(policy.head_outputs(memory.last))[rows]
             logprobs = _best(values, counts, requests)
-        if generator is not None and behaviour.epsilon > 0:
+        if seed is not None and behaviour.epsilon > 0:
             logprobs = _mixed(logprobs, counts, behaviour.epsilon)
         results = []
         for request, row in zip(requests, logprobs, strict=True):
             assert request.choices is not None
-            drawn = _draw(row.expand(request.count, -1), generator).tolist()
+            points = _points(seed, request.numbers, 1, policy.device)
+            drawn = draw(row.expand(request.count, -1), None if points is None else points[0]).tolist()
             chosen = row[drawn].tolist()
             results.append(
                 [
@@ -181,14 +188,16 @@ class Sampler:
         requests: Sequence[Request],
         rows: Sequence[int],
         before: Memory | None,
-        generator: Generator | None,
+        seed: int | None,
     ) -> tuple[list[list[ActionSegment]], Memory]:
         policy = self._policy
         batch = builder.build().to(policy.device)
         memory = policy.prefill(batch, before)
         sequences = [row for row, request in zip(rows, requests, strict=True) for _ in range(request.count)]
         limits = [request.max_tokens for request in requests for _ in range(request.count)]
-        answers = iter(_decode(policy, batch, memory, sequences, limits, generator))
+        numbers = [number for request in requests for number in request.numbers]
+        points = _points(seed, numbers, max(limits), policy.device)
+        answers = iter(_decode(policy, batch, memory, sequences, limits, points))
         actions = [[_action(policy, *next(answers)) for _ in range(request.count)] for request in requests]
         return actions, memory
 
@@ -220,17 +229,35 @@ def _key(context: Sequence[Segment]) -> tuple[int, ...]:
     return tuple(map(id, context))
 
 
+def numbered(requests: Sequence[Request]) -> list[Request]:
+    """The same requests; those without numbers of their episodes get them, in their order."""
+    found, free = [], 0
+    for request in requests:
+        if request.numbers and len(request.numbers) != request.count:
+            raise ValueError(f"{request.name}: {len(request.numbers)} numbers for {request.count} actions")
+        found.append(request if request.numbers else replace(request, numbers=tuple(range(free, free + request.count))))
+        free += request.count
+    return found
+
+
+def _points(seed: int | None, numbers: Sequence[int], places: int, device: torch.device) -> Tensor | None:
+    """[places, N] what to draw the first tokens of episodes by; None to be greedy."""
+    if seed is None:
+        return None
+    return torch.from_numpy(uniforms(seed, numbers, places).T.copy()).to(device)
+
+
 def _decode(
     policy: Policy,
     batch: PolicyBatch,
     memory: Memory,
     sequences: Sequence[int],
     limits: Sequence[int],
-    generator: Generator | None,
+    points: Tensor | None,
 ) -> list[tuple[list[int], list[float]]]:
     """Tokens and log-probs of one answer for each entry of `sequences`, the row of the memory that it continues.
 
-    Sequences that have ended leave the batch.
+    points: [places, N] what to draw the tokens by. Sequences that have ended leave the batch.
     """
     adapter = policy.adapter
     answers: list[tuple[list[int], list[float]]] = [([], []) for _ in limits]
@@ -244,7 +271,7 @@ def _decode(
     axes = batch.prefix_positions.shape[0]
     written = 0
     for step in range(max(limits)):
-        tokens = _draw(logprobs, generator)
+        tokens = draw(logprobs, None if points is None else points[step][running])
         chosen = logprobs.gather(1, tokens[:, None])[:, 0]
         for number, token, logprob in zip(running.tolist(), tokens.tolist(), chosen.tolist(), strict=True):
             answers[number][0].append(token)
@@ -269,42 +296,6 @@ def _decode(
         written += 1
     give_back(cache, written)
     return answers
-
-
-def _draw(logprobs: Tensor, generator: Generator | None) -> Tensor:
-    """One index a row of [N, V] log-probs: drawn, or the most probable without a generator."""
-    if generator is None:
-        return logprobs.argmax(dim=-1)
-    shares = logprobs.exp()
-    if shares.shape[1] <= _BLOCK**2:
-        return torch.multinomial(shares, 1, generator=generator)[:, 0]
-    return _draw_in_two(shares, generator)
-
-
-_BLOCK = 256
-
-
-def _draw_in_two(shares: Tensor, generator: Generator) -> Tensor:
-    """One index a row of [N, V], as likely as its share: first a block of the vocabulary, then a place in the block.
-
-    `multinomial` draws a random number for every entry, which with a large vocabulary takes longer than to compute the
-    logits; here it is one a row.
-    """
-    blocks = torch.nn.functional.pad(shares, (0, -shares.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    ends = blocks.sum(dim=2, dtype=torch.float64).cumsum(dim=1)
-    point = torch.rand(len(shares), 1, generator=generator, dtype=torch.float64, device=shares.device) * ends[:, -1:]
-    block = _first_beyond(ends, point)
-    within = point - torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
-    rows = torch.arange(len(shares), device=shares.device)
-    place = _first_beyond(blocks[rows, block[:, 0]].double().cumsum(dim=1), within)
-    return (block * _BLOCK + place)[:, 0]
-
-
-def _first_beyond(ends: Tensor, point: Tensor) -> Tensor:
-    """[N, 1] the first end of each row that is beyond a point, which rounding may not put beyond the last: what has no
-    share is never drawn."""
-    last = torch.nextafter(ends[:, -1:], torch.zeros_like(point))
-    return torch.searchsorted(ends, torch.minimum(point.clamp(min=0.0), last), right=True)
 
 
 def _best(values: Tensor, counts: Tensor, requests: Sequence[Request]) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
@@ -26,6 +26,7 @@ from rllava_core.policy.policy import Head, Policy
 from rllava_core.policy.sampling import Request, Sampler
 from rllava_core.testing.tiny import TinyAdapter
 from rllava_core.training.conversations import Renderer
+from rllava_core.training.seeds import derive
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,6 @@ def play(policy: Policy, scripts: Sequence[Script], group_size: int = 1, seed: i
     turn, so that every group of two or more has returns that differ.
     """
     media, sampler = MediaStore(policy.adapter), Sampler(policy, MediaStore(policy.adapter))
-    generator = None if seed is None else Generator(policy.device).manual_seed(seed)
     members = [(group, member) for group in range(len(scripts)) for member in range(group_size)]
     histories: list[tuple[Segment, ...]] = [() for _ in members]
     for turn in range(max(map(len, scripts))):
@@ -156,7 +156,7 @@ def play(policy: Policy, scripts: Sequence[Script], group_size: int = 1, seed: i
                 requests[number] = continued
             else:
                 histories[number] = continued.context
-        answers = sampler.sample(list(requests.values()), generator)
+        answers = sampler.sample(list(requests.values()), None if seed is None else derive(seed, turn))
         for (number, asked_for), [action] in zip(requests.items(), answers, strict=True):
             histories[number] = (*asked_for.context, action)
     return [

@@ -13,6 +13,7 @@ import numpy as np
 
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Message
 from rllava_core.mdp.trajectory import (
     ActionSegment,
     ContextSegment,
@@ -73,7 +74,9 @@ def episode(
     segments: list[Segment] = []
     for turn, answer in enumerate(answers):
         images = example.images if example is not None and turn == 0 else ()
-        segments.append(ContextSegment(_tokens(question), tuple(image.load() for image in images), f"user: {question}"))
+        segments.append(
+            ContextSegment(_tokens(question), tuple(image.load() for image in images), (Message.user(question),))
+        )
         segments.append(_action(answer, ended or turn < len(answers) - 1, choices))
     return Trajectory(
         example=example,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from rllava_core.errors import DataError
-from rllava_core.mdp.messages import ImagePart, Message, Observation
+from rllava_core.mdp.messages import Message, Observation
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.media import MediaStore
@@ -61,7 +60,7 @@ class Renderer:
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
             closing = (self._adapter.end_of_turn[0],) if ended is False else ()
-            self._rendered[key] = ContextSegment(closing + tokens, images, _readable(messages))
+            self._rendered[key] = ContextSegment(closing + tokens, images, messages)
         return self._rendered[key]
 
 
@@ -115,10 +114,3 @@ class Conversation:
 
     def _continuation(self, turn: int) -> ContextSegment:
         return self._renderer.continuation(self._observations[turn], self._actions[turn - 1], self._name)
-
-
-def _readable(messages: Sequence[Message]) -> str:
-    return "\n".join(
-        f"{message.role}: " + "".join("[image]" if isinstance(part, ImagePart) else part.text for part in message.parts)
-        for message in messages
-    )

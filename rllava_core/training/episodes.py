@@ -150,7 +150,7 @@ class Episodes:
         for number in running:
             seen = tuple(map(id, episodes[number].conversation.context))
             alike.setdefault((seen, episodes[number].observation.choices), []).append(number)
-        requests = [self._request(episodes[numbers[0]], len(numbers)) for numbers in alike.values()]
+        requests = [self._request(episodes[numbers[0]], tuple(numbers)) for numbers in alike.values()]
         answers = self._sampler.generate(requests, seed, behaviour)
         actions = {
             number: action
@@ -163,15 +163,16 @@ class Episodes:
                 raise TrainingError(f"{name}: the policy's log-probs are not finite, so its weights are damaged")
         return {number: actions[number] for number in running}
 
-    def _request(self, episode: _Episode, count: int) -> Request:
+    def _request(self, episode: _Episode, numbers: tuple[int, ...]) -> Request:
         choices = episode.observation.choices
         return Request(
             context=episode.conversation.context,
-            count=count,
+            count=len(numbers),
             max_tokens=self.limits.max_new_tokens,
             name=episode.start.name,
             choices=None if choices is None else self._renderer.choices(choices),
             choice_texts=choices or (),
+            numbers=numbers,
         )
 
     def _needed(self, episode: _Episode) -> int:

@@ -41,11 +41,11 @@ def episode() -> Trajectory:
         group=2,
         turns=conversation(
             [
-                ContextSegment((1, 90, 90, 2), images=(picture(10),), text="<image> What is in the corner?"),
+                ContextSegment((1, 90, 90, 2), images=(picture(10),)),
                 ActionSegment((5, 6, 7), logprobs(-0.1, -0.2, -0.3), text="zoom 3 4"),
-                ContextSegment((3, 90, 4), images=(picture(20),), text="<image>"),
+                ContextSegment((3, 90, 4), images=(picture(20),)),
                 ActionSegment((8, 9), logprobs(-0.5, -0.25), text="left", ended=False),
-                ContextSegment((3, 90, 90, 90, 4), images=(picture(30), picture(10)), text="<image><image> Which?"),
+                ContextSegment((3, 90, 90, 90, 4), images=(picture(30), picture(10))),
                 ActionSegment((11, 12), logprobs(-1.5), text="a cat", choice=1, choices=((10,), (11, 12))),
             ],
             (0.0, -0.5, 1.0),

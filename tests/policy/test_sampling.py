@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Generator
 
 from rllava_core.errors import ConfigError, ModelError, TrainingError
 from rllava_core.mdp.trajectory import ActionSegment, Segment
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Head, Policy
-from rllava_core.policy.sampling import Request, Sampler, _draw, _draw_in_two
+from rllava_core.policy.sampling import Request, Sampler
 from rllava_core.testing.tiny import END, IMAGE, PAD, START
 
 ROUNDING = 2.0**-23
@@ -27,8 +26,7 @@ ROUNDING = 2.0**-23
 
 
 def draw(policy: Policy, requests: list[Request], seed: int | None = 0) -> list[list[ActionSegment]]:
-    generator = None if seed is None else Generator().manual_seed(seed)
-    return Sampler(policy, MediaStore(policy.adapter)).sample(requests, generator)
+    return Sampler(policy, MediaStore(policy.adapter)).sample(requests, seed)
 
 
 def ask(*context: Segment, count: int = 1, max_tokens: int = 8, name: str = "example 7") -> Request:
@@ -269,8 +267,7 @@ class Conversations:
             else ask_choices(*self.contexts[number], choices=choices)
             for number in numbers
         ]
-        generator = None if seed is None else Generator().manual_seed(seed)
-        actions = [action for [action] in self.sampler.sample(requests, generator, max_sequences=limit)]
+        actions = [action for [action] in self.sampler.sample(requests, seed, max_sequences=limit)]
         for number, action in zip(numbers, actions, strict=True):
             self.contexts[number] = (*self.contexts[number], action)
         return actions
@@ -318,11 +315,11 @@ def test_two_that_continue_one_conversation_share_what_was_read(toy: Any) -> Non
     policy = toy.policy()
     sampler = Sampler(policy, MediaStore(policy.adapter))
     prompt, shown = toy.context("Go", toy.picture(8, 8)), toy.context("on")
-    [actions] = sampler.sample([ask_choices(prompt, choices=("a", "b"), count=4)], Generator().manual_seed(0))
+    [actions] = sampler.sample([ask_choices(prompt, choices=("a", "b"), count=4)], 0)
     policy.adapter.runs.clear()
 
     requests = [ask_choices(prompt, action, shown, choices=("a", "b")) for action in actions]
-    answers = sampler.sample(requests, Generator().manual_seed(1))
+    answers = sampler.sample(requests, 1)
 
     # Actions that are equal are one prefix.
     distinct = len({action.tokens for action in actions})
@@ -378,11 +375,11 @@ def test_what_was_kept_does_not_hold_what_the_policy_writes(toy: Any) -> None:
     policy = toy.policy(bias={END: 1.0})
     sampler = Sampler(policy, MediaStore(policy.adapter))
     prompt, shown = toy.context("Go", toy.picture(8, 8)), toy.context("on")
-    [actions] = sampler.sample([ask(prompt, count=3, max_tokens=5)], Generator().manual_seed(0))
+    [actions] = sampler.sample([ask(prompt, count=3, max_tokens=5)], 0)
     requests = [ask(prompt, action, shown, count=3, max_tokens=6) for action in actions]
 
     plain = toy.Plain(policy.model)
-    for request, answers in zip(requests, sampler.sample(requests, Generator().manual_seed(1)), strict=True):
+    for request, answers in zip(requests, sampler.sample(requests, 1), strict=True):
         for answer in answers:
             expected = plain.decisions(toy.windows((*request.context, answer))).logprobs.detach().numpy()
             np.testing.assert_allclose(answer.logprobs, expected, rtol=ROUNDING)
@@ -402,7 +399,7 @@ def test_actions_may_be_those_of_the_greatest_value(toy: Any) -> None:
     ]
     sampler = Sampler(policy, MediaStore(policy.adapter))
 
-    answers = sampler.sample(requests, Generator().manual_seed(0), Behaviour(q))
+    answers = sampler.sample(requests, 0, Behaviour(q))
 
     for request, [action] in zip(requests, answers, strict=True):
         values = policy.heads["q"](plain.left(request.context))[: len(request.choices or ())]
@@ -425,7 +422,7 @@ def test_exploring_is_drawing_one_of_the_choices_now_and_then(toy: Any, values: 
     sampler = Sampler(policy, MediaStore(policy.adapter))
     request = ask_choices(prompt, choices=choices, count=4000)
 
-    [actions] = sampler.sample([request], Generator().manual_seed(11), Behaviour(values, epsilon=0.3))
+    [actions] = sampler.sample([request], 11, Behaviour(values, epsilon=0.3))
 
     assert_frequencies(Counter(action.choice for action in actions), expected)
     for action in actions:
@@ -439,9 +436,7 @@ def test_other_numbers_of_choices_are_explored_each_by_its_own(toy: Any) -> None
     prompt = toy.context("?")
     requests = [ask_choices(prompt, choices=tuple("abcd"[:count]), count=2000) for count in (2, 4)]
 
-    answers = Sampler(policy, MediaStore(policy.adapter)).sample(
-        requests, Generator().manual_seed(1), Behaviour(epsilon=1.0)
-    )
+    answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, 1, Behaviour(epsilon=1.0))
 
     for count, actions in zip((2, 4), answers, strict=True):
         np.testing.assert_allclose([action.logprobs[0] for action in actions], np.log(1 / count), rtol=1e-6)
@@ -453,9 +448,7 @@ def test_other_numbers_of_choices_are_explored_each_by_its_own(toy: Any) -> None
 def test_free_text_has_no_values_and_is_not_explored(toy: Any, behaviour: Behaviour) -> None:
     policy = toy.policy(heads={"q": Head(3)})
     with pytest.raises(ConfigError, match=r"^train\.jsonl:12: the environment asks for free text, .* no choices"):
-        Sampler(policy, MediaStore(policy.adapter)).sample(
-            [ask(toy.context("?"), name="train.jsonl:12")], Generator(), behaviour
-        )
+        Sampler(policy, MediaStore(policy.adapter)).sample([ask(toy.context("?"), name="train.jsonl:12")], 0, behaviour)
 
 
 def test_more_choices_than_values_are_refused_by_name(toy: Any) -> None:
@@ -463,7 +456,7 @@ def test_more_choices_than_values_are_refused_by_name(toy: Any) -> None:
     requests = [ask_choices(toy.context("?"), choices=("a", "b")), ask_choices(toy.context("?!"), choices=tuple("abc"))]
     requests[1] = replace(requests[1], name="train.jsonl:12")
     with pytest.raises(TrainingError, match=r"^train\.jsonl:12: the environment offers 3 choices, .* values 2,"):
-        Sampler(policy, MediaStore(policy.adapter)).sample(requests, Generator(), Behaviour(q))
+        Sampler(policy, MediaStore(policy.adapter)).sample(requests, 0, Behaviour(q))
 
 
 def test_answers_that_have_ended_leave_the_batch(toy: Any) -> None:
@@ -543,32 +536,29 @@ def test_what_was_sampled_scores_the_same_in_the_training_batch(toy: Any, reques
         np.testing.assert_allclose(action.logprobs, logprobs[end - action.decisions : end], rtol=ROUNDING)
 
 
-def test_a_large_vocabulary_is_drawn_from_in_proportion() -> None:
-    """70,000 tokens: a few that are likely, in blocks of their own and of one block, many that are not, and a third
-    that may not be drawn at all."""
-    words, draws = 70_000, 40_000
-    generator = Generator().manual_seed(5)
-    logits = torch.randn(words, generator=generator)
-    likely = torch.tensor([0, 1, 255, 256, 40_000, 69_998, 69_999])
-    logits[likely] += torch.tensor([9.0, 9.5, 9.0, 10.0, 9.2, 8.8, 9.1])
-    never = torch.randperm(words, generator=generator)[: words // 3]
-    logits[never[~torch.isin(never, likely)]] = -torch.inf
-    logprobs = torch.log_softmax(logits, dim=0)
+def test_an_answer_is_a_function_of_the_seed_and_the_number_of_its_episode(toy: Any, requests: list[Request]) -> None:
+    """However requests are put together: in one call, one by one, backwards, or with groups cut in two."""
+    policy = toy.policy(bias={END: 1.0})
+    numbers = iter(range(100, 200, 3))
+    asked = [replace(item, numbers=tuple(next(numbers) for _ in range(item.count))) for item in requests]
+    together = {
+        number: action
+        for request, actions in zip(asked, draw(policy, asked), strict=True)
+        for number, action in zip(request.numbers, actions, strict=True)
+    }
 
-    drawn = torch.cat([_draw(logprobs.expand(500, -1), Generator().manual_seed(seed)) for seed in range(draws // 500)])
+    apart = [replace(item, count=1, numbers=(number,)) for item in reversed(asked) for number in item.numbers]
+    for request in apart:
+        [[alone]] = draw(policy, [request])
+        assert alone.tokens == together[request.numbers[0]].tokens
+    for request, [action] in zip(apart, draw(policy, apart), strict=True):
+        assert action.tokens == together[request.numbers[0]].tokens
+    others = draw(policy, [replace(item, numbers=tuple(n + 1 for n in item.numbers)) for item in asked])
+    assert [[action.tokens for action in actions] for actions in others] != [
+        [together[number].tokens for number in item.numbers] for item in asked
+    ]
 
-    assert torch.isfinite(logprobs[drawn]).all()
-    for group in [*likely.split(1), torch.arange(300, 30_000), torch.arange(45_000, 69_000)]:
-        share = float(logprobs[group].double().exp().sum())
-        found = float(torch.isin(drawn, group).double().mean())
-        assert abs(found - share) < 4 * (share * (1 - share) / draws) ** 0.5, (group[0], found, share)
-    repeated = _draw(logprobs.expand(500, -1), Generator().manual_seed(0))
-    assert torch.equal(repeated, drawn[:500])
 
-
-def test_the_edges_of_what_can_be_drawn() -> None:
-    """One token alone has a share, wherever it is; the sum of the shares is not quite one."""
-    for token in (0, 255, 256, 69_999):
-        shares = torch.zeros(3, 70_000)
-        shares[:, token] = 0.9999
-        assert _draw_in_two(shares, Generator().manual_seed(0)).tolist() == [token] * 3
+def test_numbers_are_as_many_as_actions(toy: Any) -> None:
+    with pytest.raises(ValueError, match=r"train\.jsonl:12: 1 numbers for 2 actions"):
+        draw(toy.policy(), [replace(ask(toy.context("?"), count=2, name="train.jsonl:12"), numbers=(4,))])

@@ -12,6 +12,7 @@ import pytest
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
+from rllava_core.mdp.messages import Message
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Segment, Trajectory, conversation
 from rllava_core.training.samples import write_sample
 
@@ -19,7 +20,7 @@ PICTURES = tuple(Image.from_array(np.full((4, 6, 3), shade, np.uint8)) for shade
 
 
 def trajectory(answer: str = "7", group: int = 0, right: str | None = "7", ended: bool = True) -> Trajectory:
-    prompt = ContextSegment((1, 2), PICTURES[:2], "user: [image][image]Which digit?\nOne word.")
+    prompt = ContextSegment((1, 2), PICTURES[:2], (Message.user(*PICTURES[:2], "Which digit?\nOne word."),))
     action = ActionSegment((5, 6), np.array([-0.25, -0.5], np.float32), answer, ended)
     return Trajectory(
         example=Example(f"train.jsonl:{group}", {}, PICTURES[:2], right),
@@ -116,7 +117,7 @@ def test_odd_characters_cannot_break_the_table(tmp_path: Path, answer: str, show
 
 def test_half_a_surrogate_pair_in_a_prompt_can_be_written(tmp_path: Path) -> None:
     item = trajectory()
-    odd = replace(item, turns=conversation([ContextSegment((1,), (), "user: \udc80"), *item.actions]))
+    odd = replace(item, turns=conversation([ContextSegment((1,), (), (Message.user("\udc80"),)), *item.actions]))
 
     assert "    user: \\udc80" in written(tmp_path, odd)
 
@@ -139,7 +140,11 @@ def test_turns_stand_side_by_side(tmp_path: Path) -> None:
 def test_the_longest_episode_of_a_group_is_told_turn_by_turn(tmp_path: Path) -> None:
     item = trajectory("first")
     [first] = item.turns
-    segments: list[Segment] = [item.prompt, first.action, ContextSegment((3,), PICTURES[2:], "user: [image]And now?")]
+    segments: list[Segment] = [
+        item.prompt,
+        first.action,
+        ContextSegment((3,), PICTURES[2:], (Message.user(*PICTURES[2:], "And now?"),)),
+    ]
     turns = conversation([*segments, *trajectory("second").actions], [-0.5, 2.0])
     longest = replace(
         item, turns=(replace(turns[0], parsed=False), turns[1]), outcome=PICTURES[:1], score=0.0, terminated=False

@@ -30,7 +30,7 @@ class Episodes:
     def state(self, size: tuple[int, int] = (4, 6)) -> ContextSegment:
         self.states += 1
         pixels = self.random.integers(0, 256, (*size, 3), dtype=np.uint8)
-        return ContextSegment((1000 + self.states, 7, 7), (Image.from_array(pixels),), f"state {self.states}")
+        return ContextSegment((1000 + self.states, 7, 7), (Image.from_array(pixels),))
 
     def action(self, choices: int = CHOICES) -> ActionSegment:
         choice = int(self.random.integers(choices))

@@ -124,7 +124,7 @@ def test_an_image_is_kept_once_however_many_states_and_episodes_show_it() -> Non
 
     def episode(seed: int) -> Trajectory:
         picture = [Image.from_array(np.full((8, 8, 3), shade, np.uint8)) for shade in (1, 2, 1)]
-        shown = [(ContextSegment((5, 6), (image,), f"episode {seed}"),) for image in picture]
+        shown = [(ContextSegment((5, 6), (image,)),) for image in picture]
         action = ActionSegment((9,), np.zeros(1, np.float32), "go", True, 0, ((9,), (8,)))
         return Trajectory(None, seed, 0, (Turn(shown[0], action), Turn(shown[1], action)), False, "turns", shown[2])
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from rllava_core.config import TrainingSection
 from rllava_core.engines.config import LocalTrainConfig
@@ -139,8 +139,8 @@ def test_a_sampled_image_placeholder_is_impossible_here_and_in_transformers_gene
     model.lm_head = head
     requests = requests_of(bench, policy.adapter, max_tokens=6, count=3)
 
-    for generator in (Generator().manual_seed(0), None):
-        answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, generator)
+    for seed in (0, None):
+        answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, seed)
         assert not set(placeholders) & {token for group in answers for action in group for token in action.tokens}
     assert not set(placeholders) & set(generated(bench, policy, requests[1]))
 
@@ -152,7 +152,7 @@ def test_the_update_sees_the_pixels_and_positions_that_the_rollout_saw(bench: An
     requests = requests_of(bench, policy.adapter, count=3)
     policy.adapter.preprocessed.clear()
 
-    answers = Sampler(policy, media).sample(requests, Generator().manual_seed(0))
+    answers = Sampler(policy, media).sample(requests, 0)
     trajectories = [
         bench.episode(*request.context, action, group=number)
         for number, (request, actions) in enumerate(zip(requests, answers, strict=True))
@@ -195,7 +195,7 @@ def test_a_conversation_of_several_turns_is_sampled_as_it_is_trained(bench: Any)
     first = bench.text(adapter, "a wa", ended=False)
     request = Request((prompt, first, later), 4, 6, "train.jsonl:12")
 
-    [actions] = Sampler(policy, MediaStore(adapter)).sample([request], Generator().manual_seed(1))
+    [actions] = Sampler(policy, MediaStore(adapter)).sample([request], 1)
 
     for action in actions:
         with torch.no_grad():
