@@ -33,6 +33,19 @@ def rllava_engines() -> list[ComponentSpec]:
 
 
 @hookimpl
+def rllava_models() -> list[ComponentSpec]:
+    """The absence of a model."""
+    return [
+        ComponentSpec(
+            name="hosted",
+            target="rllava_core.policy.hosted:Hosted",
+            summary="No model here: the rollout engine answers by one of its own, from messages. For `rllava eval`.",
+            needs=frozenset({"own_model"}),
+        )
+    ]
+
+
+@hookimpl
 def rllava_environments() -> list[ComponentSpec]:
     """The environment of tasks that are one question and one answer."""
     return [

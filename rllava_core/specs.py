@@ -20,7 +20,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 hookimpl = pluggy.HookimplMarker("rllava")
 """Marks a function of a plugin's module as the implementation of the hook of the same name."""
 
-CAPABILITIES = frozenset({"train", "rollout", "logprobs", "action_values", "heads", "choices", "dataset"})
+CAPABILITIES = frozenset({"train", "rollout", "logprobs", "action_values", "own_model", "heads", "choices", "dataset"})
 """What the core's own parts provide and need; plugins may agree on more among themselves."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
@@ -40,8 +40,9 @@ class ComponentSpec:
         engines and the environment together must provide.
 
     Capabilities that the core knows (`CAPABILITIES`): engines provide `train` or `rollout`; a rollout engine that
-    returns the log-prob of each action it samples provides `logprobs`, and one that can act by the values that heads
-    give to choices provides `action_values`; a model whose policy can carry heads on its hidden states provides
+    returns the log-prob of each action it samples provides `logprobs`, one that can act by the values that heads give
+    to choices provides `action_values`, and one that answers by a model of its own, so that it can be evaluated and not
+    trained, provides `own_model`; a model whose policy can carry heads on its hidden states provides
     `heads`; an environment with a discrete action set, or a task with `choices`, provides `choices`; a task with a data
     set provides `dataset`.
 

@@ -52,24 +52,25 @@ def evaluate(
     registry = load_plugins()
     for warning in registry.warnings:
         click.echo(f"warning: {warning}", err=True)
-    resolved = load(target / "config.yaml" if is_run else target, overrides, registry)
+    resolved = load(target / "config.yaml" if is_run else target, overrides, registry, learning=False)
 
     from rllava_core.cli.display import quiet_libraries
-    from rllava_core.training.build import build_parts
+    from rllava_core.training.build import build_players
     from rllava_core.training.checkpoint import restore_heads
     from rllava_core.training.evaluation import evaluate as run
 
     quiet_libraries()
     weights = _checkpoint(target, checkpoint) if is_run else None
     training = resolved.run.training
-    with build_parts(resolved, weights, learning=False) as parts:
-        chunk = training.prompts_per_step * parts.algorithm.group_size
-        if weights is not None and parts.policy.heads:
-            restore_heads(weights, parts.policy, acting=True)
-        behaviour = parts.algorithm.behaviour()
+    with build_players(resolved, weights) as players:
+        chunk = training.prompts_per_step * players.algorithm.group_size
+        if weights is not None and players.policy is not None and players.policy.heads:
+            restore_heads(weights, players.policy, acting=True)
+        behaviour = players.algorithm.behaviour()
+        hosted = players.policy is None
         result = run(
-            parts.task,
-            parts.episodes,
+            players.task,
+            players.episodes,
             behaviour,
             training.eval_episodes,
             training.seed,
@@ -83,7 +84,8 @@ def evaluate(
     if output is not None:
         _write_answers(output, result)
     how = ("at random" if at_random else "greedy") + (", images swapped" if swap_images else "")
-    _show(result, weights or target, how, output)
+    who = f"engine {resolved.run.engine.rollout.name}" if hosted else str(weights or target)
+    _show(result, who, how, output)
     if save_episodes:
         from rllava_core.training.strips import write_strips
 
@@ -129,7 +131,7 @@ def _write_answers(path: Path, result: Evaluation) -> None:
         write_text(path, "\n".join(lines) + "\n")
 
 
-def _show(result: Evaluation, weights: Path, how: str, output: Path | None) -> None:
+def _show(result: Evaluation, weights: str, how: str, output: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 

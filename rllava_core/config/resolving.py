@@ -56,8 +56,10 @@ class NoOptions(Options):
     """The config of a component without options."""
 
 
-def load(path: Path, overrides: Sequence[str], registry: Registry) -> ResolvedConfig:
+def load(path: Path, overrides: Sequence[str], registry: Registry, *, learning: bool = True) -> ResolvedConfig:
     """Read a YAML file, apply overrides, validate everything, and find every component.
+
+    learning: off where nothing will be trained, so that what an algorithm needs to learn need not be there.
 
     Raises ConfigError that names the file or override, the key and what would be right; PluginError for components
     that are missing, broken or ambiguous.
@@ -69,14 +71,14 @@ def load(path: Path, overrides: Sequence[str], registry: Registry) -> ResolvedCo
         run = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(describe(error, RunConfig, (), source)) from None
-    return _resolve(run, registry, source)
+    return _resolve(run, registry, source, learning)
 
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {"model": ModelSection, "reward": RewardSection}
 """Sections with keys of their own beside the component's; of all others, ComponentSection's `name` is the only one."""
 
 
-def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConfig:
+def _resolve(run: RunConfig, registry: Registry, source: Source, learning: bool) -> ResolvedConfig:
     """Find and validate every component, and report all that is wrong at once."""
     problems: list[RllavaError] = []
 
@@ -129,11 +131,15 @@ def _resolve(run: RunConfig, registry: Registry, source: Source) -> ResolvedConf
             raise first
         raise type(first)("\n".join(str(problem) for problem in problems)) from first.__cause__
     resolved = ResolvedConfig(run=run, rewards=cast(tuple[Resolved, ...], tuple(rewards)), **cast(Any, parts))
-    _check_needs(resolved, source)
+    _check_needs(resolved, source, learning)
     return _with_defaults(resolved)
 
 
-def _check_needs(resolved: ResolvedConfig, source: Source) -> None:
+_TO_LEARN = frozenset({"train", "logprobs", "heads"})
+"""What an algorithm needs to learn, and not to act."""
+
+
+def _check_needs(resolved: ResolvedConfig, source: Source, learning: bool) -> None:
     parts = [resolved.model, resolved.train_engine, resolved.rollout_engine, resolved.environment]
     parts += [resolved.dataset] if resolved.dataset is not None else []
     provided = frozenset().union(*(part.component.spec.provides for part in parts))
@@ -141,8 +147,15 @@ def _check_needs(resolved: ResolvedConfig, source: Source) -> None:
         provided |= {"dataset"}
     if resolved.run.task.choices is not None:
         provided |= {"choices"}
+    sampler = resolved.rollout_engine.component.spec
+    if learning and "own_model" in sampler.provides:
+        raise ConfigError(
+            f"{source.path}: engine {sampler.name!r} answers by a model of its own, so nothing that is trained here "
+            "would ever act: it is for `rllava eval`; choose another engine.rollout to train"
+        )
     for part in [resolved.algorithm, *parts]:
-        missing = sorted(part.component.spec.needs - provided)
+        spared = _TO_LEARN if part is resolved.algorithm and not learning else frozenset()
+        missing = sorted(part.component.spec.needs - provided - spared)
         if missing:
             chosen = ", ".join(f"{other.component.kind} {other.component.spec.name!r}" for other in parts)
             hints = [did_you_mean(name, CAPABILITIES) for name in missing if name not in CAPABILITIES]

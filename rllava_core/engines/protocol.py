@@ -77,9 +77,23 @@ class RolloutSetup:
     autocast: Callable[[], AbstractContextManager[Any]]
 
 
+@dataclass(frozen=True)
+class AnswerSetup:
+    """What a rollout engine is given, beside its config, that answers by a model of its own (it provides `own_model`).
+
+    temperature: of the run's policy, for actions that are drawn.
+    """
+
+    temperature: float
+
+
 class RolloutEngine(Protocol):
     """Samples actions. The target of an `engine` component that provides `rollout`, called with its config and a
-    `RolloutSetup`."""
+    `RolloutSetup`.
+
+    One that provides `own_model` is called with an `AnswerSetup` instead. Weights are never loaded then; contexts have
+    messages and no tokens, and actions a text and, for free text, no tokens and no log-probs.
+    """
 
     def generate(
         self, requests: Sequence[Request], seed: int | None, behaviour: Behaviour | None = None

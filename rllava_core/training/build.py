@@ -11,7 +11,7 @@ import torch
 
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
-from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
+from rllava_core.engines.protocol import AnswerSetup, RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
 from rllava_core.errors import ConfigError, DataError, PluginError, RllavaError, TrainingError
 from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.examples import Example, Split
@@ -20,6 +20,7 @@ from rllava_core.mdp.pool import EnvironmentPool
 from rllava_core.mdp.rewards import WeightedReward
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.hosted import Hosted
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Head, Policy
 from rllava_core.policy.trained import copy_sharing_frozen, set_trained, share_frozen
@@ -61,6 +62,38 @@ class Parts:
 
     def __exit__(self, *_: object) -> None:
         self.task.environments.close()
+
+
+@dataclass(frozen=True)
+class Players:
+    """What plays episodes, and learns nothing. A context manager, as `Parts` is.
+
+    policy: None where the rollout engine answers by a model of its own.
+    """
+
+    task: Task
+    episodes: Episodes
+    algorithm: Algorithm
+    policy: Policy | None
+
+    def __enter__(self) -> Players:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.task.environments.close()
+
+
+def build_players(resolved: ResolvedConfig, checkpoint: Path | None = None) -> Players:
+    """For evaluation: the model, or the weights of a checkpoint, unless the engine answers by a model of its own."""
+    if "own_model" not in resolved.rollout_engine.component.spec.provides:
+        parts = build_parts(resolved, checkpoint, learning=False)
+        return Players(parts.task, parts.episodes, parts.algorithm, parts.policy)
+    task = build_task(resolved)
+    _first_observation(task, resolved.run.training.seed)
+    adapter = Hosted()
+    sampler: RolloutEngine = resolved.rollout_engine.create(AnswerSetup(resolved.run.training.temperature))
+    episodes = Episodes(adapter, MediaStore(adapter), sampler, task.environments, task.limits)
+    return Players(task, episodes, resolved.algorithm.create(), None)
 
 
 def build_task(resolved: ResolvedConfig) -> Task:

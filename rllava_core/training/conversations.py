@@ -30,7 +30,7 @@ class Renderer:
 
     def continuation(self, messages: tuple[Message, ...], answered: ActionSegment, name: str) -> ContextSegment:
         """What follows an action, beginning with the end of its turn where the policy did not write that itself."""
-        return self._render(messages, answered.tokens[-1] in self._adapter.end_of_turn, name)
+        return self._render(messages, answered.tokens[-1:] in [(end,) for end in self._adapter.end_of_turn], name)
 
     def choices(self, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Token ids of each choice.
@@ -45,7 +45,7 @@ class Renderer:
                 for first, shorter in enumerate(encoded)
                 for second, longer in enumerate(encoded)
             )
-            ending = (self._adapter.end_of_turn[0],) if nested else ()
+            ending = self._adapter.end_of_turn[:1] if nested else ()
             self._encoded[choices] = tuple(tokens + ending for tokens in encoded)
         return self._encoded[choices]
 
@@ -59,7 +59,7 @@ class Renderer:
                 tokens = self._adapter.render(messages, features, continues=ended is not None)
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
-            closing = (self._adapter.end_of_turn[0],) if ended is False else ()
+            closing = self._adapter.end_of_turn[:1] if ended is False else ()
             self._rendered[key] = ContextSegment(closing + tokens, images, messages)
         return self._rendered[key]
 

@@ -192,3 +192,33 @@ def test_what_is_odd_about_the_choice_of_plugins_is_said(
 
     assert result.exit_code == 0
     assert "warning: RLLAVA_DISABLE_PLUGINS names 'no-such-plugin', which is not installed" in result.stderr
+
+
+@pytest.mark.parametrize("model", ["toy", "hosted"])
+@pytest.mark.parametrize("task", [[], ["task.choices=null", "task.max_new_tokens=8"]], ids=["choices", "text"])
+def test_an_engine_may_answer_by_a_model_of_its_own(
+    run_rllava: Run, tmp_path: Path, model: str, task: list[str]
+) -> None:
+    """The same task, rewards and report; no weights are loaded, so a path that does not exist is never looked at."""
+    chosen = ["model={adapter: hosted}"] if model == "hosted" else ["model={adapter: toy, path: nowhere}"]
+
+    result = run_rllava("eval", "toy.yaml", *chosen, *task, "engine.rollout=oracle", "--output", "answers.jsonl")
+
+    assert result.exit_code == 0, result.output
+    assert shown(result)["success rate"] == 1.0
+    assert "engine oracle" in result.stdout
+    written = answers(tmp_path / "answers.jsonl")
+    assert {line["answer"] for line in written} == {"red", "green", "blue"}
+    assert all(line["success"] for line in written)
+
+
+def test_an_engine_with_a_model_of_its_own_is_not_for_training(refused: Refused, tmp_path: Path) -> None:
+    message = refused("train", "toy.yaml", "engine.rollout=oracle", "--run-dir", "run")
+
+    assert message.startswith("toy.yaml: engine 'oracle' answers by a model of its own, so nothing that is trained")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_absence_of_a_model_needs_such_an_engine(refused: Refused) -> None:
+    message = refused("eval", "toy.yaml", "model={adapter: hosted}")
+    assert message.startswith("toy.yaml: model 'hosted' needs own_model, which none of the chosen parts provides")

@@ -98,3 +98,15 @@ def rllava_environments() -> list[ComponentSpec]:
             provides=frozenset({"choices"}),
         ),
     ]
+
+
+@hookimpl
+def rllava_engines() -> list[ComponentSpec]:
+    return [
+        ComponentSpec(
+            name="oracle",
+            summary="Looks at the picture itself.",
+            target="rllava_toy.engine:Oracle",
+            provides=frozenset({"rollout", "own_model"}),
+        )
+    ]
