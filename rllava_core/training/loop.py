@@ -27,6 +27,7 @@ from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
+from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
 from rllava_core.training.processes import agree, score_once
@@ -251,9 +252,11 @@ class _Run:
                 return loss(micro, output)
             mask = torch.tensor([_all_in(item, fresh) for item in micro.trajectories for _ in range(item.decisions)])
             logprobs = output.logprobs[mask.to(output.logprobs.device)]
-            gap = check_recomputed(own, logprobs, self.training.max_logprob_gap) * len(own) / sum(comparable)
+            limits = self.training.max_logprob_gap, self.training.max_token_gap
+            gaps = check_recomputed(own, logprobs, self.parts.adapter, *limits)
+            gap = torch.tensor(gaps.mean * len(own) / sum(comparable))
             result = loss(micro, output)
-            return Loss(result.total, {**result.metrics, "policy/logprob_gap": torch.tensor(gap)})
+            return Loss(result.total, {**result.metrics, "policy/logprob_gap": gap})
 
         return checked
 
@@ -292,10 +295,16 @@ class _Run:
             evaluations["best"] = {**summary, "step": step}
         self.observer.evaluated(step, result)
         clock.lap("eval")
+        parity = {}
+        # By values, or from demonstrations, nobody acts as the policy says.
+        if self.parts.algorithm.behaviour().action_values is None and self.parts.algorithm.experience == "rollouts":
+            with self._during(f"evaluation at step {step}"):
+                parity = gate(self.parts.trainer, self.parts.adapter, result.trajectories, training)
+        clock.lap("parity")
         sight = self._look(step, result.trajectories)
         clock.lap("image_probe")
         scores = {f"eval/{name}": value for name, value in result.scores.items()}
-        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **sight, **clock.laps}
+        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **parity, **sight, **clock.laps}
 
     def _look(self, step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Whether images have an influence, unless nobody wants to know."""

@@ -21,6 +21,7 @@ from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.messages import Action, Observation, Transition
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, Truncation, Turn
 from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.checks import Gaps
 from rllava_core.training import build, loop
 from rllava_core.training.build import Task
 from rllava_core.training.episodes import Episodes, Limits
@@ -99,6 +100,7 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(
 ) -> None:
     rates = iter([0.1, 0.9, 0.3, 0.9])
     monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(rates), 0.0, 1.0, 6, 0.0, 0.0, {}, (), ()))
+    monkeypatch.setattr(loop, "gate", lambda *_: {})
 
     summary = run_toy("training.steps=6", "training.eval_every=2", "training.keep_checkpoints=1")
 
@@ -280,7 +282,7 @@ def test_data_are_checked_before_weights_are_loaded(run_toy: Run, monkeypatch: p
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("score", RewardError("reward 'x' raised")),
+        ("score_once", RewardError("reward 'x' raised")),
         ("learning_rate", TrainingError("the loss became nan")),
         ("check_recomputed", InvariantError("log-probs differ")),
     ],
@@ -512,7 +514,7 @@ def test_only_what_the_policy_has_just_sampled_is_compared_with_it(
     checked: list[int] = []
     check = loop.check_recomputed
 
-    def counting(trajectories: Sequence[Trajectory], *others: Any) -> float:
+    def counting(trajectories: Sequence[Trajectory], *others: Any) -> Gaps:
         checked.append(len(trajectories))
         return check(trajectories, *others)
 
@@ -539,7 +541,7 @@ def test_the_gap_is_a_mean_over_what_was_compared_however_the_batch_is_cut(
         yield from original(self, replay, policy)
 
     monkeypatch.setattr(ToyGradient, "prepare", prepare)
-    monkeypatch.setattr(loop, "check_recomputed", lambda *given: 0.25)
+    monkeypatch.setattr(loop, "check_recomputed", lambda *given: Gaps(0.25, 0.5, 1.3))
     run_toy("training.steps=2", f"training.micro_batch_tokens={tokens}")
 
     assert [line["policy/logprob_gap"] for line in metrics(tmp_path)[1:]] == pytest.approx([0.25, 0.25])
