@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from rllava_core.algorithms.maths import aggregation_weights, clipped, group_mean, group_std, kl_estimate
+from rllava_core.algorithms.maths import (
+    aggregation_weights,
+    clipped,
+    counted,
+    group_mean,
+    group_std,
+    kl_estimate,
+    sums,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 VALUES = [1.0, 0.0, 0.5, -3.0, 2.5, 2.5, 0.1, 7.0]
@@ -98,3 +106,11 @@ def test_the_surrogate_is_clipped_where_the_step_would_go_too_far(ratio: float, 
     too_far = (advantage > 0 and ratio > 1.28) or (advantage < 0 and ratio < 0.8)
     assert value.grad is not None
     assert value.grad.item() == pytest.approx(0.0 if too_far else advantage)
+
+
+def test_consecutive_stretches_are_summed_and_counted_each_for_itself() -> None:
+    lengths = torch.tensor([3, 1, 2])
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    assert sums(values, lengths).tolist() == [7.0, 8.0, 48.0]
+    assert sums(lengths, torch.tensor([2, 1])).tolist() == [4, 2]
+    assert counted(lengths).tolist() == [0, 1, 2, 0, 0, 1]
