@@ -72,7 +72,13 @@ def truncated_importance(
 
 def sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[N] sums of consecutive stretches. values: [sum of lengths]; lengths: [N], all positive."""
-    return torch.stack([part.sum() for part in values.split(lengths.tolist())])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return values.new_zeros(len(lengths)).index_add_(0, owner, values)
+
+
+def counted(lengths: Tensor) -> Tensor:
+    """[sum of lengths] 0, 1, … of each of N consecutive stretches."""
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
 def _same(group: Tensor, values: Tensor) -> Tensor:

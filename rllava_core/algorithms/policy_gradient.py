@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rllava_core.algorithms.config import PolicyGradientConfig
-from rllava_core.algorithms.maths import aggregation_weights, kl_estimate, sums, truncated_importance
+from rllava_core.algorithms.maths import aggregation_weights, counted, kl_estimate, sums, truncated_importance
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
@@ -54,7 +55,7 @@ class Rollouts:
             torch.tensor([trajectory.group for trajectory in trajectories]),
             torch.tensor([len(trajectory.turns) for trajectory in trajectories]),
             torch.tensor(turn_decisions),
-            torch.cat([torch.from_numpy(trajectory.behaviour_logprobs) for trajectory in trajectories]),
+            torch.from_numpy(np.concatenate([action.logprobs for item in trajectories for action in item.actions])),
         )
 
     @cached_property
@@ -181,10 +182,8 @@ class PolicyGradient:
 
     def _batch(self, rollouts: Rollouts, columns: Mapping[str, Tensor], chosen: Sequence[int]) -> Batch:
         decisions = rollouts.decisions[list(chosen)]
-        ends = rollouts.decisions.cumsum(0).tolist()
-        index = torch.cat(
-            [torch.arange(ends[number] - int(rollouts.decisions[number]), ends[number]) for number in chosen]
-        )
+        starts = (rollouts.decisions.cumsum(0) - rollouts.decisions)[list(chosen)]
+        index = starts.repeat_interleave(decisions) + counted(decisions)
         own = {name: column[index] for name, column in columns.items()}
         own["weights"] = aggregation_weights(decisions, self.config.aggregation, self.config.aggregation_length)
         own["share"] = torch.full((int(decisions.sum()),), 1.0 / int(decisions.sum()))

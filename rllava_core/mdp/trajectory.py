@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import is_
 from typing import Any, Literal
 
@@ -139,11 +140,11 @@ class Trajectory:
         """What the environment showed first."""
         return self.turns[0].observation
 
-    @property
+    @cached_property
     def actions(self) -> tuple[ActionSegment, ...]:
         return tuple(turn.action for turn in self.turns)
 
-    @property
+    @cached_property
     def decisions(self) -> int:
         """Number of decisions of all turns."""
         return sum(turn.action.decisions for turn in self.turns)

@@ -69,7 +69,8 @@ class ModelAdapter(Protocol):
     def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> LongTensor:
         """[axes, T] position ids of a piece of a sequence whose first position is `start`; 1 axis, or 3 for M-RoPE.
 
-        The next piece starts at the largest of them plus one.
+        The next piece starts at the largest of them plus one. Text counts up by one on all axes alike, whatever it
+        says: of what is sampled nobody asks.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,11 @@ def check_length(length: int, adapter: ModelAdapter, name: str) -> None:
         )
 
 
-def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
-    """Contexts, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError."""
+def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter, forbidden: frozenset[int]) -> None:
+    """Contexts, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError.
+
+    forbidden: the adapter's forbidden tokens, of which there may be hundreds, as a set.
+    """
     name = trajectory.name
     if not trajectory.turns:
         raise InvariantError(f"{name}: a trajectory without turns")
@@ -51,16 +55,17 @@ def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
             raise InvariantError(f"{where}: an action without tokens")
         if action.logprobs.shape != (action.decisions,):
             raise InvariantError(f"{where}: {action.logprobs.shape} log-probs for {action.decisions} decisions")
-        if not np.isfinite(action.logprobs).all() or (action.logprobs > 1e-4).any():
+        # Actions are short: a loop over their numbers is faster than a call of NumPy's.
+        if not all(-math.inf < logprob <= 1e-4 for logprob in action.logprobs.tolist()):
             raise InvariantError(f"{where}: behaviour log-probs must be finite and not positive: {action.logprobs}")
         if action.choice is not None:
             if action.choices is None or not 0 <= action.choice < len(action.choices):
                 raise InvariantError(f"{where}: choice {action.choice} of {action.choices}")
             if action.choices[action.choice] != action.tokens:
                 raise InvariantError(f"{where}: the tokens are not those of choice {action.choice}")
-        forbidden = set(action.tokens).intersection(adapter.forbidden_tokens)
-        if forbidden:
-            raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {sorted(forbidden)}")
+        if not forbidden.isdisjoint(action.tokens):
+            never = sorted(forbidden.intersection(action.tokens))
+            raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {never}")
 
 
 def _check_shown(context: Sequence[Segment], more: int, adapter: ModelAdapter, where: str) -> None:
@@ -99,7 +104,7 @@ def check_recomputed(
     weights that were never handed over. Raises InvariantError that names the worst decisions.
     """
     recomputed = logprobs.detach().float().cpu().numpy()
-    recorded = np.concatenate([trajectory.behaviour_logprobs for trajectory in trajectories])
+    recorded = np.concatenate([action.logprobs for trajectory in trajectories for action in trajectory.actions])
     gaps = np.abs(recomputed - recorded)
     mean, largest = float(gaps.mean()), float(gaps.max())
     too_far = f"{mean:.3g} nats on average (training.max_logprob_gap is {limit:g})" if not mean <= limit else ""

@@ -5,6 +5,7 @@ Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEn
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -186,7 +187,7 @@ class Episodes:
             for number, action in zip(numbers, given, strict=True)
         }
         for number, action in actions.items():
-            if np.isnan(action.logprobs).any() or (action.logprobs == np.inf).any():
+            if not all(logprob < math.inf for logprob in action.logprobs.tolist()):
                 name = episodes[number].start.name
                 raise TrainingError(f"{name}: the policy's log-probs are not finite, so its weights are damaged")
         return {number: actions[number] for number in running}

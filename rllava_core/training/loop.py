@@ -27,6 +27,7 @@ from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
+from rllava_core.training.garbage import long_lived_left_alone
 from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
@@ -138,8 +139,8 @@ class _Run:
         followers = training.trackers if self.writes else ()
         log = MetricsLog(self.directory.metrics, progress.step if self.resumed else -1) if self.writes else None
         trackers = Trackers(followers, self.directory.path, self.config.model_dump(mode="json"))
-        began = time.perf_counter() - progress.wall_seconds
-        with closing(trackers), _Interrupt(self.observer) as interrupt:
+        began, first = time.perf_counter() - progress.wall_seconds, progress.step + 1
+        with closing(trackers), _Interrupt(self.observer) as interrupt, long_lived_left_alone() as settle:
             if not self.resumed:
                 metrics = self._evaluate(0)
                 if log is not None:
@@ -159,6 +160,8 @@ class _Run:
                 self.lifecycle.step_end(progress.step, metrics)
                 if _due(training.save_every, progress.step, training.steps):
                     self._save()
+                if progress.step == first:
+                    settle()
             if self.saved_step < progress.step:
                 self._save()
 
@@ -244,17 +247,19 @@ class _Run:
 
         fresh: the actions, by identity, that the policy as it is now has sampled; others cannot be compared.
         """
-        comparable = [_all_in(trajectory, fresh) for trajectory in batch.trajectories]
+        comparable = {id(trajectory) for trajectory in batch.trajectories if _all_in(trajectory, fresh)}
+        count = sum(id(trajectory) in comparable for trajectory in batch.trajectories)
 
         def checked(micro: Batch, output: PolicyOutput) -> Loss:
-            own = [trajectory for trajectory in micro.trajectories if _all_in(trajectory, fresh)]
+            own = [trajectory for trajectory in micro.trajectories if id(trajectory) in comparable]
             if not own:
                 return loss(micro, output)
-            mask = torch.tensor([_all_in(item, fresh) for item in micro.trajectories for _ in range(item.decisions)])
+            mask = torch.tensor([id(item) in comparable for item in micro.trajectories])
+            mask = mask.repeat_interleave(torch.tensor([item.decisions for item in micro.trajectories]))
             logprobs = output.logprobs[mask.to(output.logprobs.device)]
             limits = self.training.max_logprob_gap, self.training.max_token_gap
             gaps = check_recomputed(own, logprobs, self.parts.adapter, *limits)
-            gap = torch.tensor(gaps.mean * len(own) / sum(comparable))
+            gap = torch.tensor(gaps.mean * len(own) / count)
             result = loss(micro, output)
             return Loss(result.total, {**result.metrics, "policy/logprob_gap": gap})
 

@@ -13,9 +13,11 @@ import torch
 from rllava_core.algorithms.maths import (
     aggregation_weights,
     clipped,
+    counted,
     group_mean,
     group_std,
     kl_estimate,
+    sums,
     truncated_importance,
 )
 
@@ -122,3 +124,11 @@ def test_importance_is_a_ratio_of_probabilities_with_a_cap(cap: float) -> None:
 
     assert truncated_importance(*flat, decisions, "token", cap).tolist() == pytest.approx(tokens)
     assert truncated_importance(*flat, decisions, "sequence", cap).tolist() == pytest.approx(sequences)
+
+
+def test_consecutive_stretches_are_summed_and_counted_each_for_itself() -> None:
+    lengths = torch.tensor([3, 1, 2])
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    assert sums(values, lengths).tolist() == [7.0, 8.0, 48.0]
+    assert sums(lengths, torch.tensor([2, 1])).tolist() == [4, 2]
+    assert counted(lengths).tolist() == [0, 1, 2, 0, 0, 1]
