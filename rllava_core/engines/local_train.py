@@ -36,10 +36,12 @@ class LocalTrainEngine:
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
-        self._layout = {
-            "packed": config.checkpoint_activations or not config.prefix_sharing,
-            "shared": config.prefix_sharing,
-        }
+        packed = config.checkpoint_activations or not config.prefix_sharing
+        trees = self.policy.adapter.takes_trees
+        # A packed row without trees has one answer, so that nothing of its prompt is shared.
+        shared = config.prefix_sharing and (trees or not packed)
+        self._layout = {"packed": packed, "shared": shared}
+        self.layout = ("packed" if packed else "shared" if trees else "rows") if shared else "unshared"
         self._offload = config.offload_activations
         self.policy.recompute(config.checkpoint_activations)
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]

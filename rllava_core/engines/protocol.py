@@ -35,9 +35,14 @@ class TrainEngine(Protocol):
     its config and a `TrainSetup`.
 
     policy: the policy itself, not wrapped, for sampling in this process and for saving.
+    layout: how trajectories are laid out in batches, for `manifest.json`. The local engine's words are `shared`
+        (prompts are read once, answers in rows of several behind them), `rows` (each answer in a row of its own, for a
+        model that takes no trees), `packed` (a prompt and its answers are one row) and `unshared` (every trajectory
+        whole).
     """
 
     policy: Policy
+    layout: str
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the sum of the losses of the batch's micro-batches. Returns summed metrics.

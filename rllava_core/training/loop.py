@@ -77,7 +77,7 @@ def train(
         progress = Progress() if latest is None else checkpoint.restore(latest, parts)
         # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
         directory.begin(resolved.run)
-        directory.write_manifest(registry, training.seed, device_name(parts.policy))
+        directory.write_manifest(registry, training.seed, device_name(parts.policy), parts.trainer.layout)
         observer.started(directory.path, training.steps, None if latest is None else progress.step)
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 

@@ -160,7 +160,7 @@ def test_the_manifest_says_what_computed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
-    directory.write_manifest(load_plugins(), seed=5, device="cpu")
+    directory.write_manifest(load_plugins(), seed=5, device="cpu", layout="shared")
 
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
     assert manifest["plugins"]["rllava-toy"] == "1.0"
@@ -181,7 +181,7 @@ def test_the_manifest_says_of_which_commit_the_code_is(
 
     states: list[Any] = []
     for _ in range(2):
-        directory.write_manifest(load_plugins(), seed=5, device="cpu")
+        directory.write_manifest(load_plugins(), seed=5, device="cpu", layout="shared")
         states.append(json.loads(directory.manifest.read_text(encoding="utf-8"))["git"])
         (code / "new.py").write_text("", encoding="utf-8")
 
