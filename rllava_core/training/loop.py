@@ -35,7 +35,7 @@ from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
 from rllava_core.training.sight import probe, unseen
-from rllava_core.training.storage import peak_memory_bytes
+from rllava_core.training.storage import give_back_free_memory, peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
 
 _KINDS_SHOWN = 20
@@ -263,6 +263,7 @@ class _Run:
     def _evaluate(self, step: int) -> dict[str, float]:
         clock = Clock()
         training = self.training
+        give_back_free_memory()
         with self._during(f"evaluation at step {step}"):
             result = evaluate(
                 self.parts.task,
@@ -300,6 +301,7 @@ class _Run:
 
     def _save(self) -> None:
         directory = self.directory.checkpoints
+        give_back_free_memory()
         checkpoint.save(directory, self.parts, self.progress)
         self.saved_step = self.progress.step
         checkpoint.prune(directory, self.training.keep_checkpoints, self.progress.evaluations["best"]["step"])
