@@ -166,6 +166,7 @@ def test_the_manifest_says_what_computed(
     assert manifest["plugins"]["rllava-toy"] == "1.0"
     assert {"core", "torch", "transformers", "accelerate", "python", "hook_api"} <= set(manifest)
     assert (manifest["seed"], manifest["device"], manifest["git"]) == (5, "cpu", None)
+    assert manifest["layout"] == "shared"
 
 
 def test_the_manifest_says_of_which_commit_the_code_is(
