@@ -7,7 +7,8 @@ continues the prefix or another branch somewhere in its middle; a token of it se
 goes on from, and not what grows beside it. The policy runs each prefix once, then all trees on top of the prefixes'
 key-value cache, and gradients flow through the cache. Every decision points at a read. In a *packed* batch a prefix
 is itself a branch, from which all others of its tree grow: the policy runs once, without a cache, which layers that are
-computed again in the backward pass could not fill.
+computed again in the backward pass could not fill. For a model that takes no trees every row is one line: a prefix, if
+it is packed, and one branch, which repeats what it would have grown from.
 
 - A text decision is one token: its log-prob under the state that it was sampled in.
 - A choice is one decision: the scores of all choices (sums of their tokens' log-probs), normalised over the choices.
@@ -53,7 +54,7 @@ class PolicyBatch:
     tree_prefix: Tensor  # [B], which prefix each tree continues; [0] in a packed batch, which has none
     tree_tokens: Tensor  # [B, T]
     tree_mask: Tensor  # [B, T]
-    tree_sees: Tensor | None  # [B, T, T] bool, which tokens of its tree a token sees; None: all up to itself, in all
+    tree_sees: Tensor | None  # [B, T, T] bool, which tokens of its tree a token sees; None: in all, all up to itself
     tree_positions: Tensor  # [axes, B, T]
     tree_media: dict[str, Tensor]
     read_from: Tensor  # [R], into the last state of each prefix, then all of each tree: [P + B·T]
@@ -140,7 +141,8 @@ class BatchBuilder:
         """Everything that was added, padded."""
         prefixes = [] if self._packed else [prefix.piece for prefix in self._prefixes]
         prefix_tokens, prefix_mask, prefix_positions = self._pieces.padded([[piece] for piece in prefixes])
-        trees = Trees(list(self._branches), [prefix.piece for prefix in self._prefixes])
+        pieces = [prefix.piece for prefix in self._prefixes]
+        trees = Trees(list(self._branches), pieces, beside=self._adapter.takes_trees)
         tree_tokens, tree_mask, tree_positions = self._pieces.padded(trees.pieces)
         # The language head goes through the reads in order, so scored tokens are sorted by their read.
         scored = sorted(range(len(self._scored)), key=lambda number: self._scored[number][0])
@@ -228,9 +230,13 @@ class BatchBuilder:
         for choice in choices:
             reads = [read]
             if len(choice) > 1:
-                own = self._pieces.text(choice[:-1], position)
-                grown = self._branch(prefix, own, branch if offset else None, offset)
-                reads += [self._read(prefix, grown, step) for step in range(1, len(choice))]
+                if branch is None or not offset or self._adapter.takes_trees:
+                    before, own = 0, self._pieces.text(choice[:-1], position)
+                    grown = self._branch(prefix, own, branch if offset else None, offset)
+                else:
+                    before, own = offset, self._pieces.continued(self._branches[branch].piece, offset, choice[:-1])
+                    grown = self._branch(prefix, own)
+                reads += [self._read(prefix, grown, before + step) for step in range(1, len(choice))]
             scored.append(tuple(self._scored.add(pair) for pair in zip(reads, choice, strict=True)))
         state = self._known_states[key] = self._states.add((read, tuple(scored)))
         return state
@@ -258,11 +264,13 @@ class BatchBuilder:
         """In a packed batch: the end of a prefix at the beginning of a tree that has room for so many tokens more.
 
         A tree has room for twice its prefix, or for what costs attention little. Where there is more, the prefix is
-        read again, which is cheaper than tokens that look past ever more of what they must not see.
+        read again, which is cheaper than tokens that look past ever more of what they must not see. Without trees there
+        is room for one branch.
         """
         piece = self._prefixes[prefix].piece
         trees = self._packed_trees.setdefault(prefix, [0])
-        if room and trees[-1] > 0 and trees[-1] + room > max(2 * len(piece.tokens), ROOM):
+        most = max(2 * len(piece.tokens), ROOM) if self._adapter.takes_trees else 0
+        if room and trees[-1] > 0 and trees[-1] + room > most:
             trees.append(0)
         trees[-1] += room
         tree = len(trees) - 1 if room else 0

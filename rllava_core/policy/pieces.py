@@ -25,7 +25,7 @@ _Run = tuple[tuple[int, ...], tuple[Image, ...]]
 class Piece:
     """A run of tokens. Equal if tokens and images are: whoever compares pieces knows that they start at one position.
 
-    images: the content of each image, in order.
+    images, ends: the content of each image, in order, and where in the run the segment that shows it ends.
     positions: [axes, T] int64.
     start, next_position: where it starts, and where what follows it does.
     """
@@ -36,6 +36,7 @@ class Piece:
     positions: NDArray[np.int64]
     start: int
     next_position: int
+    ends: tuple[int, ...] = ()
 
     def position(self, offset: int) -> int:
         """Position of the token at `offset`: on a segment's border or between text tokens, where all axes agree."""
@@ -83,6 +84,19 @@ class Pieces:
         """Tokens that were sampled, or that could have been."""
         return Piece(tokens, (), (), self._counting(start, len(tokens)), start, start + len(tokens))
 
+    def continued(self, piece: Piece, offset: int, tokens: tuple[int, ...]) -> Piece:
+        """The beginning of a piece, up to where a segment begins, and tokens that could have been sampled there."""
+        position, kept = piece.position(offset), sum(end <= offset for end in piece.ends)
+        return Piece(
+            piece.tokens[:offset] + tokens,
+            piece.images[:kept],
+            piece.features[:kept],
+            np.concatenate([piece.positions[:, :offset], self._counting(position, len(tokens))], axis=1),
+            piece.start,
+            position + len(tokens),
+            piece.ends[:kept],
+        )
+
     def padded(self, rows: Sequence[Sequence[Piece]]) -> tuple[Tensor, Tensor, Tensor]:
         """Pieces beside each other in rows: tokens [N, T], mask [N, T], positions [axes, N, T]."""
         tokens = padded([[token for piece in row for token in piece.tokens] for row in rows], self._adapter.pad_token)
@@ -108,8 +122,10 @@ class Pieces:
     ) -> Piece:
         features: list[Features] = []
         positions: list[NDArray[np.int64]] = []
-        position = start
+        position, length, ends = start, 0, []
         for segment, (tokens, images) in zip(segments, runs, strict=True):
+            length += len(tokens)
+            ends += [length] * len(images)
             if isinstance(segment, ContextSegment):
                 shown = self._media.features(images)
                 check_context(segment, shown, self._adapter, name)
@@ -126,6 +142,7 @@ class Pieces:
             positions[0] if len(positions) == 1 else np.concatenate(positions, axis=1),
             start,
             position,
+            tuple(ends),
         )
 
     def _counting(self, start: int, count: int) -> NDArray[np.int64]:

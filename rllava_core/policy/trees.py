@@ -6,6 +6,7 @@ A token of a tree sees what its branch goes on from, and not what grows beside i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,13 +40,15 @@ class Trees:
 
     branches: none before the one that it goes on from.
     prefixes: by number.
+    beside: off for a model that takes no trees, whose every row is one line.
     rows: the numbers of the branches of each.
     width: length of the longest row, in tokens.
     starts: where each branch, by number, begins in the flattened [B, T].
     """
 
-    def __init__(self, branches: Sequence[Branch], prefixes: Sequence[Piece]) -> None:
+    def __init__(self, branches: Sequence[Branch], prefixes: Sequence[Piece], *, beside: bool = True) -> None:
         self._branches = branches
+        self._beside = beside
         self._lengths = [len(branch.piece.tokens) for branch in branches]
         self.rows = self._filled([prefix.start + len(prefix.tokens) for prefix in prefixes])
         self.width = max((sum(self._lengths[number] for number in row) for row in self.rows), default=0)
@@ -62,9 +65,10 @@ class Trees:
         return [[self._branches[number].piece for number in row] for row in self.rows]
 
     def sees(self) -> Tensor | None:
-        """[B, T, T] bool, which tokens of its row a token sees; None where no row has more than one branch."""
-        if all(len(row) == 1 for row in self.rows):
+        """[B, T, T] bool, which tokens of its row a token sees; None where every row is one line."""
+        if all(map(self._is_line, self.rows)):
             return None
+        assert self._beside
         owner = np.full((len(self.rows), self.width), -1)
         for row, numbers in zip(owner, self.rows, strict=True):
             whose = np.repeat(numbers, [self._lengths[number] for number in numbers])
@@ -95,9 +99,17 @@ class Trees:
         for root, together in grown.items():
             prefix = self._branches[root].after.prefix
             row, length = filling.get(prefix, ([], 0))
-            if not row or length + lengths[root] > limits[prefix]:
+            if not row or not self._beside or length + lengths[root] > limits[prefix]:
                 row, length = [], 0
                 rows.append(row)
             row += together
             filling[prefix] = (row, length + lengths[root])
         return rows
+
+    def _is_line(self, row: Sequence[int]) -> bool:
+        """Whether each branch goes on from the end of the one before it."""
+        return all(
+            self._branches[number].after.branch == before
+            and self._branches[number].after.offset == self._lengths[before]
+            for before, number in pairwise(row)
+        )

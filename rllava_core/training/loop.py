@@ -37,7 +37,7 @@ from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
 from rllava_core.training.sight import probe, unseen
-from rllava_core.training.storage import peak_memory_bytes
+from rllava_core.training.storage import give_back_free_memory, peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
 
 _KINDS_SHOWN = 20
@@ -82,7 +82,8 @@ def train(
         # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
         if world.rank == 0:
             directory.begin(resolved.run)
-            directory.write_manifest(registry, training.seed, device_name(parts.policy), world.size)
+            device, layout = device_name(parts.policy), parts.trainer.layout
+            directory.write_manifest(registry, training.seed, device, layout, world.size)
         observer.started(directory.path, training.steps, None if latest is None else progress.step)
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
@@ -283,6 +284,7 @@ class _Run:
     def _evaluate(self, step: int) -> dict[str, float]:
         clock = Clock()
         training = self.training
+        give_back_free_memory()
         with self._during(f"evaluation at step {step}"):
             result = evaluate(
                 self.parts.task,
@@ -326,6 +328,7 @@ class _Run:
 
     def _save(self) -> None:
         directory = self.directory.checkpoints
+        give_back_free_memory()
         checkpoint.save(directory, self.parts, self.progress)
         self.saved_step = self.progress.step
         if not self.writes:
