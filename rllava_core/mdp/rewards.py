@@ -62,7 +62,7 @@ def reports(rewards: Sequence[WeightedReward]) -> dict[str, float]:
     }
 
 
-def reported(component: object, name: str, failure: type[RllavaError]) -> dict[str, float]:
+def reported(component: object, name: str, failure: type[Exception]) -> dict[str, float]:
     """What a component's optional `report()` says; nothing if it has none. Raises `failure` that names it."""
     report = getattr(component, "report", None)
     if report is None:
