@@ -101,7 +101,11 @@ class RolloutEngine(Protocol):
     `RolloutSetup`.
 
     One that provides `own_model` is called with an `AnswerSetup` instead. Weights are never loaded then; contexts have
-    messages and no tokens, and actions a text and, for free text, no tokens and no log-probs.
+    messages and no tokens, and actions a text and, for free text, no tokens and no log-probs. An answer that is none of
+    the choices offered is an action without a choice that has not `ended`.
+
+    An engine may also have a method `report() -> Mapping[str, float]`, which is asked once a step and once an
+    evaluation for what else there is to say since it was last asked; reported as `engine/KEY`.
     """
 
     def generate(

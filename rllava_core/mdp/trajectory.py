@@ -97,9 +97,10 @@ class Turn:
         return last
 
 
-Truncation = Literal["environment", "turns", "tokens", "context", "failure"]
+Truncation = Literal["environment", "turns", "tokens", "context", "failure", "unparsable"]
 """Why an episode was cut: by the environment itself, at `task.max_turns`, at `task.max_episode_tokens`, at the longest
-sequence that the model can read, or because the environment's process raised, hung or died."""
+sequence that the model can read, because the environment's process raised, hung or died, or because the last action was
+none of the choices that were offered."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from rllava_core.config import ResolvedConfig
 from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
 from rllava_core.errors import describe as describe_error
 from rllava_core.mdp.environment import Failure, Start
+from rllava_core.mdp.rewards import reports
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
 from rllava_core.policy.checks import check_recomputed
@@ -240,6 +241,7 @@ class _Run:
         if self.writes and self.training.sample_every and step % self.training.sample_every == 0:
             write_sample(self.directory.trajectories, step + 1, trajectories)
         metrics = {**describe(trajectories, self.parts.task), **mean(updates), **algorithm.report()}
+        metrics |= {**reports(self.parts.task.rewards), **self.episodes.report_of_engine()}
         failures = sum(self.progress.failures.values()) - failed_before
         return {**metrics, "rollout/environment_failures": float(failures), **clock.laps}
 
@@ -310,7 +312,7 @@ class _Run:
         clock.lap("parity")
         sight = self._look(step, result.trajectories)
         clock.lap("image_probe")
-        scores = {f"eval/{name}": value for name, value in result.scores.items()}
+        scores = {f"eval/{name}": value for name, value in {**result.scores, **result.reports}.items()}
         return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **parity, **sight, **clock.laps}
 
     def _look(self, step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -706,3 +706,19 @@ def test_environments_are_closed_however_a_run_ends(run_toy: Run, unreliable: An
     with pytest.raises(RewardError):
         run_toy("task.rewards=[{name: broken, call: 2}]")
     assert [pool.closed for pool in made] == [1, 1]
+
+
+def test_what_a_reward_says_of_itself_is_a_metric_of_the_step_and_of_the_evaluation(
+    run_toy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1, 99))
+    monkeypatch.setattr("rllava_toy.task.Match.report", lambda _: {"calls": next(asked)}, raising=False)
+
+    run_toy("training.steps=2", "training.eval_every=0")
+
+    said = [{name: value for name, value in line.items() if name.endswith("match/calls")} for line in metrics(tmp_path)]
+    assert said == [
+        {"eval/reward/match/calls": 1.0},
+        {"reward/match/calls": 2.0},
+        {"reward/match/calls": 3.0, "eval/reward/match/calls": 4.0},
+    ]
