@@ -11,9 +11,13 @@ from pathlib import Path
 
 
 class RllavaError(Exception):
-    """Base of every error that rllava raises for a user to read."""
+    """Base of every error that rllava raises for a user to read.
+
+    everywhere: all processes of a run raise it, so that one of them is enough to say so.
+    """
 
     exit_code = 1
+    everywhere = False
 
 
 class ConfigError(RllavaError):

@@ -67,16 +67,26 @@ class Batch:
         """
         start = decisions = 0
         taken: list[Trajectory] = []
-        count = _TokenCount()
+        count = TokenCount()
         for trajectory in self.trajectories:
             if taken and count.with_another(trajectory) > tokens:
                 yield self._slice(taken, start, start + decisions)
-                start, decisions, taken, count = start + decisions, 0, [], _TokenCount()
+                start, decisions, taken, count = start + decisions, 0, [], TokenCount()
             count.add(trajectory, shared=shared)
             taken.append(trajectory)
             decisions += trajectory.decisions
         if taken:
             yield self._slice(taken, start, start + decisions)
+
+    def chosen(self, numbers: Sequence[int]) -> Batch:
+        """The trajectories of these numbers, in this order."""
+        if list(numbers) == list(range(len(self.trajectories))):
+            return self
+        counts = torch.tensor([item.decisions for item in self.trajectories], dtype=torch.long)
+        rows = torch.arange(int(counts.sum())).split(counts.tolist())
+        index = torch.cat([rows[number] for number in numbers]) if numbers else torch.zeros(0, dtype=torch.long)
+        own = tuple(self.trajectories[number] for number in numbers)
+        return Batch(own, {name: column[index] for name, column in self.columns.items()})
 
     def _slice(self, trajectories: Sequence[Trajectory], start: int, end: int) -> Batch:
         return Batch(tuple(trajectories), {name: column[start:end] for name, column in self.columns.items()})
@@ -168,21 +178,21 @@ def fed_back(batches: Iterable[Batch], updates: Sequence[Mapping[str, float]]) -
             return
 
 
-class _TokenCount:
+class TokenCount:
     """How many tokens the trajectories of a micro-batch are, where those that are read once for several count once."""
 
     def __init__(self) -> None:
         self._begun: set[object] = set()
-        self._total = 0
+        self.total = 0
 
     def add(self, trajectory: Trajectory, *, shared: bool) -> None:
-        self._total = self.with_another(trajectory)
+        self.total = self.with_another(trajectory)
         if shared:
             self._begun.update(_key(stretch) for stretch in stretches(trajectory.turns))
 
     def with_another(self, trajectory: Trajectory) -> int:
         """The number of tokens if this one came to those that were added."""
-        total = self._total
+        total = self.total
         begun: set[object] = set()
         for stretch in stretches(trajectory.turns):
             key = _key(stretch)

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from rllava_core.cli.groups import LazyCommand, LazyGroup
+from rllava_core.cli.launching import processes, rank
 from rllava_core.errors import RllavaError
 
 INTERRUPTED = 130
@@ -38,7 +39,8 @@ class RootGroup(LazyGroup):
         except RllavaError as error:
             if ctx.params.get("debug"):
                 click.echo(traceback.format_exc(), err=True, nl=False)
-            _show_error(str(error))
+            if rank() == 0 or not error.everywhere:
+                _show_error(str(error))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             _show_error("interrupted")
@@ -54,7 +56,8 @@ def _show_version(ctx: click.Context, param: click.Parameter, requested: bool) -
 
 
 def _show_error(message: str) -> None:
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}", err=True)
+    whose = f"process {rank()}: " if processes() > 1 else ""
+    click.echo(f"{whose}{click.style('error:', fg='red', bold=True)} {message}", err=True)
 
 
 @click.group(cls=RootGroup, lazy_commands=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})

@@ -126,6 +126,25 @@ class Display:
         )
 
 
+class Silence:
+    """Follows a run and says nothing: what all but the first of several processes do."""
+
+    def started(self, directory: Path, total_steps: int, resumed_at: int | None) -> None:
+        return
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        return
+
+    def stepped(self, step: int, metrics: Mapping[str, float]) -> None:
+        return
+
+    def stopping(self) -> None:
+        return
+
+    def warned(self, message: str) -> None:
+        return
+
+
 def quiet_libraries() -> None:
     """No progress bars of other libraries between ours; their errors still come through."""
     from transformers.utils import logging

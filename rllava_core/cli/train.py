@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
 
 import click
+
+from rllava_core.cli.launching import launch, processes, rank
 
 RUNS = Path("runs")
 
@@ -16,7 +19,13 @@ RUNS = Path("runs")
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Where to write; default: a new directory in runs/.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --run-dir, or with the newest one of this config.")
-def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume: bool) -> None:
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Processes on this machine that share the work, one a GPU; see engine.train.parallel.",
+)
+def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume: bool, num_processes: int) -> None:
     """Train a model as CONFIG says.
 
     Any key of the config can be set on the command line: training.steps=100 algorithm.group_size=16
@@ -26,19 +35,40 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
 
     registry = load_plugins()
     resolved = load(config, overrides, registry)
+    launched = processes()
+    if launched > 1 and (num_processes > 1 or run_dir is None):
+        from rllava_core.errors import ConfigError
 
-    from rllava_core.cli.display import Display, quiet_libraries
+        raise ConfigError(
+            "a launcher has started this command several times: give it --run-dir, which all of them share, and no "
+            "--num-processes"
+        )
+
+    import torch
+
+    from rllava_core.cli.display import Display, Silence, quiet_libraries
     from rllava_core.training.loop import train as run
     from rllava_core.training.run_directory import RunDirectory, numbered_run_directory
 
     quiet_libraries()
     chosen = nullcontext(run_dir) if run_dir else numbered_run_directory(RUNS, config.stem, resume=resume)
     with chosen as path:
-        command = shlex.join(["rllava", "train", str(config), *overrides, "--run-dir", str(path), "--resume"])
-        with Display(resume_command=command) as display:
-            summary = run(resolved, registry, RunDirectory(path), display, resume=resume)
-    display.finished(summary)
-    if summary["status"] == "interrupted":
+        arguments = ["train", str(config), *overrides, "--run-dir", str(path)]
+        if num_processes > 1:
+            RunDirectory(path).check(resolved.run, resume=resume)
+            cpu = getattr(resolved.train_engine.config, "device", None) == "cpu" or not torch.accelerator.is_available()
+            launch(num_processes, [*arguments, *(["--resume"] if resume else [])], cpu=cpu)
+            summary = json.loads(RunDirectory(path).summary.read_text(encoding="utf-8"))
+        elif rank() > 0:
+            run(resolved, registry, RunDirectory(path), Silence(), resume=resume)
+            return
+        else:
+            several = ["--num-processes", str(launched)] if launched > 1 else []
+            with Display(resume_command=shlex.join(["rllava", *arguments, "--resume", *several])) as display:
+                summary = run(resolved, registry, RunDirectory(path), display, resume=resume)
+            display.finished(summary)
+    # A launcher would take it for a failure, and end the other processes.
+    if summary["status"] == "interrupted" and launched == 1:
         from rllava_core.cli import INTERRUPTED
 
         raise SystemExit(INTERRUPTED)

@@ -16,6 +16,17 @@ class LocalTrainConfig(Options):
     mixed_precision: Literal["no", "bf16"] = Field(
         default="no", description="bf16: forward passes in bfloat16 over weights of `model.dtype`"
     )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="of several processes: ddp: all weights in each; fsdp: in each a part of the trained weights, of "
+        "gradients and states, and a whole copy that acts; auto: fsdp if accelerate's own config asks for it, else ddp",
+    )
+    timeout: float = Field(
+        default=1800.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="seconds that a process waits for the others, such as one whose episodes take longer",
+    )
     prefix_sharing: bool = Field(
         default=True, description="read what trajectories share once; false: once for each of them, to compare with"
     )

@@ -1,21 +1,27 @@
-"""Training in this process, on accelerate: device, mixed precision, micro-batches, clipping, AdamW."""
+"""Training in this process, on accelerate: device, mixed precision, micro-batches, clipping, AdamW; and what a process
+shares with others."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from rllava_core.algorithms.protocol import Batch, LossFunction
+from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.engines.config import LocalTrainConfig
 from rllava_core.engines.offloading import kept_on_host
+from rllava_core.engines.parallel import OneProcess, Parallel, Pass, Replicated, Sharded
 from rllava_core.engines.protocol import TrainSetup
+from rllava_core.engines.shares import in_order, shares_of
 from rllava_core.engines.updates import StreamedUpdate, Update, WholeUpdate, optimizer_of
+from rllava_core.engines.world import lost, summed
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
@@ -24,7 +30,7 @@ from rllava_core.policy.trained import load_part_state, part_state, trained_name
 
 
 class LocalTrainEngine:
-    """One process and one device."""
+    """One device; one process, or one of several that compute a step together."""
 
     def __init__(self, config: LocalTrainConfig, setup: TrainSetup) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -32,24 +38,26 @@ class LocalTrainEngine:
         self.policy = setup.policy
         self._media = setup.media
         self._training = setup.training
-        self._accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+        self._accelerator = _accelerator(config)
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
+        streamed = config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward
+        self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
+        self.world = self._parallel.world
         self._layout = {
-            "packed": config.checkpoint_activations or not config.prefix_sharing,
+            "packed": config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed,
             "shared": config.prefix_sharing,
         }
         self._offload = config.offload_activations
-        self.policy.recompute(config.checkpoint_activations)
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self._parallel.trained.recompute(config.checkpoint_activations)
         make = optimizer_of(config, setup.training)
         limit = setup.training.max_grad_norm
         self._update: Update
-        if config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward:
-            self._wrapped = self._accelerator.prepare(self.policy)
+        optimizer = self._parallel.prepare(None if streamed else make)
+        if optimizer is None:
             self._update = StreamedUpdate(
-                trained,
+                [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
                 make,
                 limit,
                 on_cpu=config.optimizer_on_cpu,
@@ -57,10 +65,10 @@ class LocalTrainEngine:
                 stochastic=config.stochastic_rounding,
             )
         else:
-            self._wrapped, optimizer = self._accelerator.prepare(self.policy, make(trained))
-            self._update = WholeUpdate(optimizer, partial(_clipped, self._accelerator, self.policy), limit)
+            self._update = WholeUpdate(optimizer, self._parallel.clipped, limit)
         # Dropout would make the log-probs of sampling and training differ.
         self.policy.eval()
+        self._parallel.trained.eval()
         self._copies = dict(setup.copies)
         self._updated: set[str] = set()
         for copy in self._copies.values():
@@ -68,34 +76,68 @@ class LocalTrainEngine:
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         metrics: dict[str, float] = defaultdict(float)
-        micro_batches = list(self._split(batch))
-        self._update.begin(len(micro_batches), learning_rate)
-        for number, micro in enumerate(micro_batches):
-            with self._without_reduction(number < len(micro_batches) - 1):
-                with self._saving():
-                    output = self._wrapped(self._pack(micro.trajectories), adds_up=True)
-                    result = loss(micro.to(self.policy.device), output)
-                if not torch.isfinite(result.total):
-                    raise TrainingError(f"the loss became {result.total.item()} on {_describe(micro)}")
-                self._accelerator.backward(result.total)
-            for name, value in result.metrics.items():
-                metrics[name] += float(value)
-        norm = self._update.finish()
+        rounds = [list(self._split(batch.chosen(own))) for own in self._shares(batch.trajectories)]
+        passes = self._parallel.passes(rounds, batch)
+        self._update.begin(len(passes), learning_rate)
+        wrong = None
+        with lost(self.world):
+            for number, item in enumerate(passes):
+                with self._parallel.reducing(number == len(passes) - 1):
+                    with self._saving():
+                        output = self._parallel.module(self._pack(item.trajectories), adds_up=True)
+                        result = self._loss(item, output, loss)
+                    if not torch.isfinite(result.total):
+                        wrong = f"the loss became {result.total.item()} on {_describe(item.batch or batch)}"
+                        if self.world.size == 1:
+                            raise TrainingError(wrong)
+                    self._accelerator.backward(result.total)
+                for name, value in result.metrics.items():
+                    metrics[name] += float(value)
+            norm = self._update.finish()
         if not torch.isfinite(norm):
-            raise TrainingError(f"the gradient became non-finite on {_describe(batch)}")
-        return {**metrics, "policy/grad_norm": float(norm), "policy/learning_rate": learning_rate}
+            # Of several processes, each knows now, and the one whose loss it was says where.
+            raise TrainingError(wrong or f"the gradient became non-finite on {_describe(batch)}")
+        self._parallel.stepped()
+        found = summed(self.world, metrics)
+        return {**found, "policy/grad_norm": float(norm), "policy/learning_rate": learning_rate}
+
+    def _loss(self, item: Pass, output: PolicyOutput, loss: LossFunction) -> Loss:
+        """The loss of a pass; processes average gradients, and a step's loss is a sum."""
+        if self.world.size == 1:
+            assert item.batch is not None
+            return loss(item.batch.to(self.policy.device), output)
+        own = 0 if item.batch is None else sum(trajectory.decisions for trajectory in item.batch.trajectories)
+        # Whatever was computed takes part, if only by nothing: another process may wait for its gradients.
+        heads = [values.sum() for values in output.heads.values()]
+        nothing = 0.0 * torch.stack([output.logprobs[own:].sum(), *heads]).sum()
+        if item.batch is None:
+            return Loss(nothing, {})
+        columns = {name: values[:own] for name, values in output.heads.items()}
+        seen = PolicyOutput(output.logprobs[:own], output.entropies[:own], columns)
+        result = loss(item.batch.to(self.policy.device), seen)
+        return Loss(result.total * self.world.size + nothing, result.metrics)
 
     def evaluate(self, trajectories: Sequence[Trajectory], copy: str | None = None) -> PolicyOutput:
         policy = self.policy if copy is None else self._copy(copy)
+        shares = self._shares(trajectories)
+        own = self._evaluate([trajectories[number] for number in shares[self.world.rank]], policy)
+        return own if self.world.size == 1 else in_order(self.world.gathered(own), shares, trajectories)
+
+    def _evaluate(self, trajectories: Sequence[Trajectory], policy: Policy) -> PolicyOutput:
+        nothing = torch.zeros(0)
         with torch.no_grad(), self.autocast():
             # Packed as for a step, so that on unchanged weights a step finds the very same numbers.
             micro_batches = self._split(Batch(tuple(trajectories), {}))
             outputs = [policy(self._pack(micro.trajectories)) for micro in micro_batches]
             final = self._final(policy, trajectories)
+        heads = {
+            name: torch.cat([torch.zeros(0, _width(head)), *(output.heads[name].float().cpu() for output in outputs)])
+            for name, head in policy.heads.items()
+        }
         return PolicyOutput(
-            logprobs=torch.cat([output.logprobs for output in outputs]).float().cpu(),
-            entropies=torch.cat([output.entropies for output in outputs]).float().cpu(),
-            heads={name: torch.cat([output.heads[name] for output in outputs]).float().cpu() for name in policy.heads},
+            logprobs=torch.cat([nothing, *(output.logprobs.float().cpu() for output in outputs)]),
+            entropies=torch.cat([nothing, *(output.entropies.float().cpu() for output in outputs)]),
+            heads=heads,
             final=final,
         )
 
@@ -131,10 +173,16 @@ class LocalTrainEngine:
         # A copy that was never updated is the policy that training began with, which is made again from the config.
         names = trained_names(self.policy)
         copies = {name: part_state(self._copies[name], names) for name in sorted(self._updated)}
-        return {"update": self._update.state_dict(), "copies": copies}
+        update = self._update.state_dict()
+        if "optimizer" in update:
+            update = {**update, "optimizer": self._parallel.whole(update["optimizer"])}
+        return {"update": update, "copies": copies}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._update.load_state_dict(state["update"])
+        update = state["update"]
+        if "optimizer" in update:
+            update = {**update, "optimizer": self._parallel.placed(update["optimizer"])}
+        self._update.load_state_dict(update)
         for name, weights in state["copies"].items():
             load_part_state(self._copy(name), trained_names(self.policy), weights)
             self._updated.add(name)
@@ -144,6 +192,9 @@ class LocalTrainEngine:
             kept = ", ".join(self._copies) or "none"
             raise TrainingError(f"there is no copy {name!r} of the policy; the algorithm's `copies` are: {kept}")
         return self._copies[name]
+
+    def _shares(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        return shares_of(trajectories, self.world.size, shared=self._layout["shared"])
 
     def _split(self, batch: Batch) -> Iterator[Batch]:
         return batch.split(self._training.micro_batch_tokens, shared=self._layout["shared"])
@@ -158,15 +209,43 @@ class LocalTrainEngine:
         """Where what backward needs is kept."""
         return kept_on_host(self.policy) if self._offload else nullcontext()
 
-    def _without_reduction(self, postponed: bool) -> AbstractContextManager[Any]:
-        """Gradients of all micro-batches but the last stay on their process."""
-        context: AbstractContextManager[Any] = self._accelerator.no_sync(self._wrapped) if postponed else nullcontext()
-        return context
+
+def _accelerator(config: LocalTrainConfig) -> Accelerator:
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=config.mixed_precision,
+        kwargs_handlers=[
+            # A batch without images leaves the vision part unused, and nobody knows before.
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
+        ],
+    )
 
 
-def _clipped(accelerator: Accelerator, policy: Policy, limit: float) -> torch.Tensor:
-    """The norm of all gradients before they were clipped."""
-    return torch.as_tensor(accelerator.clip_grad_norm_(policy.parameters(), limit))
+def _parallel(config: LocalTrainConfig, accelerator: Accelerator, policy: Policy, *, streamed: bool) -> Parallel:
+    """Raises ConfigError for options that several processes cannot keep."""
+    if accelerator.num_processes == 1:
+        return OneProcess(accelerator, policy)
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    sharded = config.parallel == "fsdp" or (config.parallel == "auto" and asked)
+    names = ("optimizer_on_cpu", "stochastic_rounding", "step_in_backward")
+    if streamed:
+        chosen = next(name for name in names if getattr(config, name))
+        raise ConfigError(
+            f"engine.train.{chosen} takes gradients as they are made, before several processes have averaged them: set "
+            "it to false; parallel: fsdp divides states and gradients by the number of processes instead"
+        )
+    if sharded and config.optimizer != "adamw":
+        raise ConfigError(
+            f"engine.train.optimizer {config.optimizer} cannot step on parts of weights: use adamw, or ddp"
+        )
+    return Sharded(accelerator, policy) if sharded else Replicated(accelerator, policy)
+
+
+def _width(head: torch.nn.Module) -> int:
+    assert isinstance(head, torch.nn.Linear)
+    return head.out_features
 
 
 def _check_options(config: LocalTrainConfig, setup: TrainSetup) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from rllava_core.algorithms.protocol import Batch, LossFunction
 from rllava_core.config import TrainingSection
+from rllava_core.engines.world import World
 from rllava_core.mdp.trajectory import ActionSegment, Trajectory
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.media import MediaStore
@@ -35,9 +36,12 @@ class TrainEngine(Protocol):
     its config and a `TrainSetup`.
 
     policy: the policy itself, not wrapped, for sampling in this process and for saving.
+    world: the processes that compute a step together; `Alone` for an engine that knows of none. All of them call every
+        method below with the same arguments, and get the same results.
     """
 
     policy: Policy
+    world: World
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the sum of the losses of the batch's micro-batches. Returns summed metrics.

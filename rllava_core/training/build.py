@@ -154,7 +154,8 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
-    episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits)
+    world = trainer.world
+    episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits, world=world)
     return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from rllava_core.engines.world import together
 from rllava_core.errors import ConfigError, RllavaError, TrainingError
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import save_model
@@ -43,8 +44,19 @@ class Progress:
 
 
 def save(directory: Path, parts: Parts, progress: Progress) -> Path:
-    """Write `directory/step-NNNNNN`. Raises TrainingError, leaving earlier checkpoints as they were."""
+    """Write `directory/step-NNNNNN`, which the first of several processes does when all have given it their parts.
+
+    Raises TrainingError, in all of them, leaving earlier checkpoints as they were.
+    """
     target = directory / f"step-{progress.step:06d}"
+    state = {"trainer": parts.trainer.state_dict(), "algorithm": parts.algorithm.state_dict()}
+    world = parts.trainer.world
+    together(world, lambda: _write(target, state, parts, progress) if world.rank == 0 else None)
+    return target
+
+
+def _write(target: Path, state: dict[str, Any], parts: Parts, progress: Progress) -> None:
+    directory = target.parent
     temporary = directory / f".writing-{target.name}"
     try:
         with writing(f"checkpoint {target}"):
@@ -52,7 +64,6 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
             (temporary / "resume").mkdir(parents=True)
             save_model(parts.policy.model, temporary, parts.adapter)
             save_tree(parts.policy.extra_state(), temporary / "resume" / "policy")
-            state = {"trainer": parts.trainer.state_dict(), "algorithm": parts.algorithm.state_dict()}
             save_tree(state, temporary / "resume" / "state")
             (temporary / "resume" / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
@@ -64,7 +75,6 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return target
 
 
 def restore(checkpoint: Path, parts: Parts) -> Progress:

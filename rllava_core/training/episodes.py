@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from rllava_core.engines.protocol import RolloutEngine
+from rllava_core.engines.world import Alone, World, together
 from rllava_core.errors import DataError, TrainingError
 from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.images import Image
@@ -51,7 +52,8 @@ class Episodes:
 
     limits: where episodes are cut.
     report: told of every environment that failed, by the name of its episode.
-    timing: of the last `play`.
+    world: the processes that play a share of the groups each; all of them then have all episodes.
+    timing: of the last `play`, of this process.
     """
 
     def __init__(
@@ -62,7 +64,10 @@ class Episodes:
         environments: EnvironmentPool,
         limits: Limits,
         report: Callable[[str, Failure], None] | None = None,
+        world: World | None = None,
     ) -> None:
+        self.world = world or Alone()
+        self._failures: list[tuple[str, Failure]] = []
         self._adapter = adapter
         self._sampler = sampler
         self._environments = environments
@@ -79,11 +84,34 @@ class Episodes:
         An episode whose environment failed ends with the turn before, or is left out if there was none.
         """
         self.timing = Timing()
-        members = [(group, start) for group, start in enumerate(starts) for _ in range(group_size)]
-        observed = self._environments.reset([start for _, start in members])
+        mine = range(self.world.rank, len(starts), self.world.size)
+        played = together(self.world, lambda: (self._play(starts, mine, group_size, seed, behaviour), self._failures))
+        for name, failure in [item for _, failures in played for item in failures]:
+            if self.report is not None:
+                self.report(name, failure)
+        # Groups are played whole, so that this is the order of one process.
+        return sorted((item for episodes, _ in played for item in episodes), key=lambda item: item.group)
+
+    def _play(
+        self,
+        starts: Sequence[Start],
+        mine: Sequence[int],
+        group_size: int,
+        seed: int | None,
+        behaviour: Behaviour | None,
+    ) -> list[Trajectory]:
+        """The episodes of these groups."""
+        self._failures = []
+        members = [(group, member) for group in mine for member in range(group_size)]
+        observed = self._environments.reset([starts[group] for group, _ in members])
         episodes = [
-            _Episode(start, group, Conversation(self._renderer, self.limits.history, start.name))
-            for group, start in members
+            _Episode(
+                starts[group],
+                group,
+                group * group_size + member,
+                Conversation(self._renderer, self.limits.history, starts[group].name),
+            )
+            for group, member in members
         ]
         for episode, observation in zip(episodes, observed, strict=True):
             if isinstance(observation, Failure):
@@ -110,7 +138,7 @@ class Episodes:
         for group, (start, observation) in enumerate(zip(starts, self._environments.reset(starts), strict=True)):
             if isinstance(observation, Failure):
                 raise TrainingError(f"{start.name}: the environment {observation.what}")
-            episode = _Episode(start, group, Conversation(self._renderer, "all", start.name))
+            episode = _Episode(start, group, group, Conversation(self._renderer, "all", start.name))
             episode.show(observation)
             action = self._answer(start, observation)
             transition = self._environments.step({group: _as_action(action)})[group]
@@ -150,7 +178,7 @@ class Episodes:
         for number in running:
             seen = tuple(map(id, episodes[number].conversation.context))
             alike.setdefault((seen, episodes[number].observation.choices), []).append(number)
-        requests = [self._request(episodes[numbers[0]], tuple(numbers)) for numbers in alike.values()]
+        requests = [self._request([episodes[number] for number in numbers]) for numbers in alike.values()]
         answers = self._sampler.generate(requests, seed, behaviour)
         actions = {
             number: action
@@ -163,16 +191,17 @@ class Episodes:
                 raise TrainingError(f"{name}: the policy's log-probs are not finite, so its weights are damaged")
         return {number: actions[number] for number in running}
 
-    def _request(self, episode: _Episode, numbers: tuple[int, ...]) -> Request:
+    def _request(self, alike: Sequence[_Episode]) -> Request:
+        episode = alike[0]
         choices = episode.observation.choices
         return Request(
             context=episode.conversation.context,
-            count=len(numbers),
+            count=len(alike),
             max_tokens=self.limits.max_new_tokens,
             name=episode.start.name,
             choices=None if choices is None else self._renderer.choices(choices),
             choice_texts=choices or (),
-            numbers=numbers,
+            numbers=tuple(item.number for item in alike),
         )
 
     def _needed(self, episode: _Episode) -> int:
@@ -204,8 +233,7 @@ class Episodes:
 
     def _fail(self, episode: _Episode, failure: Failure) -> None:
         episode.truncation = "failure"
-        if self.report is not None:
-            self.report(episode.start.name, failure)
+        self._failures.append((episode.start.name, failure))
 
     def _answer(self, start: Start, observation: Observation) -> ActionSegment:
         answer = start.example.answer if start.example is not None else None
@@ -221,11 +249,12 @@ class Episodes:
 
 
 class _Episode:
-    """An episode under way."""
+    """An episode under way; `number` is its own among all of the step."""
 
-    def __init__(self, start: Start, group: int, conversation: Conversation) -> None:
+    def __init__(self, start: Start, group: int, number: int, conversation: Conversation) -> None:
         self.start = start
         self.group = group
+        self.number = number
         self.conversation = conversation
         self.turns: list[Turn] = []
         self.terminated = False

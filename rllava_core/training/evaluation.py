@@ -10,11 +10,12 @@ import numpy as np
 from rllava_core.errors import ConfigError, DataError, TrainingError
 from rllava_core.mdp.environment import Start
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.rewards import score, succeeded
+from rllava_core.mdp.rewards import succeeded
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.training.build import Task
 from rllava_core.training.episodes import Episodes
+from rllava_core.training.processes import score_once
 from rllava_core.training.seeds import CHANCE, HELD_OUT, SWAP, derive
 
 
@@ -80,7 +81,7 @@ def evaluate(
         environment_seconds += sum(episodes.timing.environment)
     if not trajectories:
         raise TrainingError("the environments of all held-out episodes failed before their first turn was done")
-    trajectories = score(trajectories, task.rewards)
+    trajectories = score_once(episodes.world, trajectories, task.rewards)
     turns = sum(len(trajectory.turns) for trajectory in trajectories)
     successes = tuple(succeeded(trajectory, task.primary) for trajectory in trajectories)
     return Evaluation(

@@ -19,7 +19,6 @@ from rllava_core.config import ResolvedConfig
 from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
 from rllava_core.errors import describe as describe_error
 from rllava_core.mdp.environment import Failure, Start
-from rllava_core.mdp.rewards import score
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
 from rllava_core.policy.checks import check_recomputed
@@ -30,6 +29,7 @@ from rllava_core.training.checkpoint import Progress
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
+from rllava_core.training.processes import agree, score_once
 from rllava_core.training.run_directory import RunDirectory
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
@@ -73,11 +73,14 @@ def train(
     for warning in [*registry.warnings, *directory.check_plugins(registry)]:
         observer.warned(warning)
     with build_parts(resolved, latest) as parts:
+        world = parts.trainer.world
+        agree(world, resolved.run, registry)
         held_out(parts.task, training.eval_episodes, training.seed)
         progress = Progress() if latest is None else checkpoint.restore(latest, parts)
         # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
-        directory.begin(resolved.run)
-        directory.write_manifest(registry, training.seed, device_name(parts.policy))
+        if world.rank == 0:
+            directory.begin(resolved.run)
+            directory.write_manifest(registry, training.seed, device_name(parts.policy), world.size)
         observer.started(directory.path, training.steps, None if latest is None else progress.step)
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
@@ -98,7 +101,10 @@ class _Run:
     ) -> None:
         self.config = resolved.run
         self.training = resolved.run.training
-        self.lifecycle = Lifecycle(registry.lifecycle, observer.warned)
+        self.world = parts.trainer.world
+        # The first of several processes writes, and tells whoever follows the run.
+        self.writes = self.world.rank == 0
+        self.lifecycle = Lifecycle(registry.lifecycle if self.writes else [], observer.warned)
         self.directory = directory
         self.observer = observer
         self.parts = parts
@@ -128,22 +134,25 @@ class _Run:
     def _iterate(self) -> None:
         """The loop."""
         training, progress = self.training, self.progress
-        log = MetricsLog(self.directory.metrics, keep_until=progress.step if self.resumed else -1)
-        trackers = Trackers(training.trackers, self.directory.path, self.config.model_dump(mode="json"))
+        followers = training.trackers if self.writes else ()
+        log = MetricsLog(self.directory.metrics, progress.step if self.resumed else -1) if self.writes else None
+        trackers = Trackers(followers, self.directory.path, self.config.model_dump(mode="json"))
         began = time.perf_counter() - progress.wall_seconds
         with closing(trackers), _Interrupt(self.observer) as interrupt:
             if not self.resumed:
                 metrics = self._evaluate(0)
-                log.write(0, metrics)
+                if log is not None:
+                    log.write(0, metrics)
                 trackers.write(0, metrics)
-            while progress.step < training.steps and not interrupt.requested:
+            while progress.step < training.steps and not any(self.world.gathered(interrupt.requested)):
                 with self._during(f"step {progress.step + 1}"):
                     metrics = self._step(progress.step)
                 progress.step += 1
                 if _due(training.eval_every, progress.step, training.steps):
                     metrics |= self._evaluate(progress.step)
                 progress.wall_seconds = time.perf_counter() - began
-                log.write(progress.step, metrics)
+                if log is not None:
+                    log.write(progress.step, metrics)
                 trackers.write(progress.step, metrics)
                 self.observer.stepped(progress.step, metrics)
                 self.lifecycle.step_end(progress.step, metrics)
@@ -168,7 +177,8 @@ class _Run:
                 summary["environment_failures"] = dict(Counter(self.progress.failures).most_common(_KINDS_SHOWN))
             if self.lifecycle.detached:
                 summary["detached_plugins"] = list(self.lifecycle.detached)
-            self.directory.write_summary(summary)
+            if self.writes:
+                self.directory.write_summary(summary)
         finally:
             self.lifecycle.run_end(summary)
         return summary
@@ -206,8 +216,10 @@ class _Run:
         if not trajectories:
             raise TrainingError("the environments of all episodes failed before their first turn was done")
         clock.lap("rollout")
-        trajectories = score(trajectories, self.parts.task.rewards)
+        trajectories = score_once(self.world, trajectories, self.parts.task.rewards)
         clock.lap("reward")
+        # Whatever was drawn meanwhile, in some of the processes only.
+        seed_everything(derive(self.training.seed, GLOBAL, step, 1))
         sampled = algorithm.experience == "rollouts" and behaviour.is_policy
         fresh = {id(action) for trajectory in trajectories for action in trajectory.actions} if sampled else set()
         rate = learning_rate(self.training, step)
@@ -220,7 +232,7 @@ class _Run:
         clock.lap("update")
         self.parts.sampler.sync(trainer.policy)
         clock.lap("sync")
-        if self.training.sample_every and step % self.training.sample_every == 0:
+        if self.writes and self.training.sample_every and step % self.training.sample_every == 0:
             write_sample(self.directory.trajectories, step + 1, trajectories)
         metrics = {**describe(trajectories, self.parts.task), **mean(updates), **algorithm.report()}
         failures = sum(self.progress.failures.values()) - failed_before
@@ -302,6 +314,8 @@ class _Run:
         directory = self.directory.checkpoints
         checkpoint.save(directory, self.parts, self.progress)
         self.saved_step = self.progress.step
+        if not self.writes:
+            return
         checkpoint.prune(directory, self.training.keep_checkpoints, self.progress.evaluations["best"]["step"])
 
     def _last_checkpoint(self) -> str:

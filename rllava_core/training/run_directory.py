@@ -102,8 +102,8 @@ class RunDirectory:
                 "the run was made with; remove it to go on with those installed"
             ) from error
 
-    def write_manifest(self, registry: Registry, seed: int, device: str) -> None:
-        """Versions of everything that computes, the seed, the device, and the state of the code."""
+    def write_manifest(self, registry: Registry, seed: int, device: str, processes: int = 1) -> None:
+        """Versions of everything that computes, the seed, the device, how many processes, and the state of the code."""
         manifest = {
             "core": version("rllava-core"),
             "hook_api": HOOK_API,
@@ -112,6 +112,7 @@ class RunDirectory:
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
             "seed": seed,
             "device": device,
+            "processes": processes,
             "git": _git_state(),
         }
         with writing(str(self.manifest)):
