@@ -16,6 +16,8 @@ class EngineConformance(TrainChecks, RolloutChecks):
 
     role: "train" or "rollout"; the checks of the other role are skipped. None checks what the component provides.
     options: of the engine; in full precision, since most checks compare with the policy in float32.
+    policy: what it is checked on, where it cannot take the tiny policy.
+    create: how an engine is made, where one that was made is better given another policy by `sync` than made anew.
     logprobs: whether an engine without a spec returns the log-probs of what it samples.
     tolerance: largest difference, in nats, from what the policy itself says. Padding and batches of another size
         change float32 sums by 1e-6; other weights, positions or images show from 1e-2 on.
@@ -42,6 +44,8 @@ def check_train_engine(create: Callable[[TrainSetup], TrainEngine]) -> None:
 def check_rollout_engine(create: Callable[[RolloutSetup], RolloutEngine], *, logprobs: bool = True) -> None:
     """Run the suite on the engines that `create` makes of a setup. Raises ConformanceError that lists every failure.
 
+    policy: what it is checked on, where it cannot take the tiny policy.
+    create: how an engine is made, where one that was made is better given another policy by `sync` than made anew.
     logprobs: whether the engine returns the log-probs of what it samples.
     """
     raise_failures(run(_Given(create, "rollout", logprobs)))
