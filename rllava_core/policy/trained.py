@@ -7,7 +7,7 @@ methods. Weights that are not trained are shared by every copy of the policy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,32 @@ def share_frozen(module: nn.Module, other: nn.Module) -> None:
         if not parameter.requires_grad:
             owner, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(owner), attribute, parameter)
+
+
+def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a checkpoint by their names in it, adapters merged and nothing quantized, for who reads them
+    from memory: layer by layer, so that there are never two of all. Those that are neither adapted nor quantized are
+    the model's own tensors, and one that several layers share comes once."""
+    adapters: tuple[type, ...] = ()
+    if is_adapted(model):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapters = (BaseTunerLayer,)
+    inside: tuple[str, ...] = ()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        layer = module
+        if isinstance(module, adapters):
+            layer, inside = _merged_layer(module), (*inside, f"{name}.")
+        elif is_quantized(module):
+            layer = plain_linear(module)
+        for own, values in layer.named_parameters(recurse=False):
+            if id(values) not in seen:
+                # A layer that was merged for the moment is gone before the next, which may be given its identity.
+                seen.update({id(values)} if layer is module else ())
+                yield f"{name}.{own}" if name else own, values.detach()
 
 
 def save_model(model: PreTrainedModel, directory: Path, adapter: ModelAdapter) -> None:

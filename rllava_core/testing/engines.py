@@ -17,6 +17,8 @@ class EngineConformance(TrainChecks, RolloutChecks, AnswerChecks):
 
     role: "train" or "rollout"; the checks of the other role are skipped. None checks what the component provides.
     options: of the engine; in full precision, since most checks compare with the policy in float32.
+    policy: what it is checked on, where it cannot take the tiny policy.
+    create: how an engine is made, where one that was made is better given another policy by `sync` than made anew.
     logprobs: whether an engine without a spec returns the log-probs of what it samples.
     own_model: whether an engine without a spec answers by a model of its own. Its answers are compared with no policy,
         and checks of their own look at what it does with requests.
@@ -46,6 +48,8 @@ def check_train_engine(create: Callable[[TrainSetup], TrainEngine]) -> None:
 def check_rollout_engine(create: Callable[[RolloutSetup], RolloutEngine], *, logprobs: bool = True) -> None:
     """Run the suite on the engines that `create` makes of a setup. Raises ConformanceError that lists every failure.
 
+    policy: what it is checked on, where it cannot take the tiny policy.
+    create: how an engine is made, where one that was made is better given another policy by `sync` than made anew.
     logprobs: whether the engine returns the log-probs of what it samples.
     """
     raise_failures(run(_Given(create, "rollout", logprobs)))

@@ -84,6 +84,8 @@ def restore(checkpoint: Path, parts: Parts) -> Progress:
         state = load_tree(checkpoint / "resume" / "state")
         parts.trainer.load_state_dict(state["trainer"])
         parts.algorithm.load_state_dict(state["algorithm"])
+        # An engine with weights of its own has those from before what was restored: adapters are merged on the way.
+        parts.sampler.sync(parts.trainer.policy)
         return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))
 
 

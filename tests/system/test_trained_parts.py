@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from rllava_core.cli import rllava
 from rllava_core.config import load
 from rllava_core.plugins import load_plugins
-from rllava_core.policy.trained import save_model
+from rllava_core.policy.trained import checkpoint_weights, save_model
 from rllava_core.training.build import build_parts
 
 STEPS = 10
@@ -217,6 +217,27 @@ def test_quantized_layers_take_a_half_byte_a_weight_and_a_merged_checkpoint_comp
         with torch.no_grad():
             gap = (held(input_ids=tokens).logits - saved(input_ids=tokens).logits).abs().max()
     assert gap < {"float32": 1e-5, "bfloat16": 0.1}[dtype]  # of logits of up to 4.7
+
+
+@pytest.mark.parametrize("model", [{}, {"train": MIXED}, {"train": EVERYWHERE, "lora": {"dora": True}}, QUANTIZED])
+def test_the_weights_of_a_checkpoint_can_be_read_without_one(model: dict[str, Any], tmp_path: Path) -> None:
+    """By an engine that has a model of its own: adapters merged, nothing quantized, no second copy of the others."""
+    if "quantization" in model:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = write(tmp_path, LANGUAGE if model is QUANTIZED else {}, model=model)
+    with build_parts(load(config, (), load_plugins())) as parts:
+        held = parts.policy.model
+        for name, item in held.named_parameters():
+            if ".lora_B" in name:  # zero at first
+                torch.nn.init.normal_(item, std=0.1)
+        found = dict(checkpoint_weights(held))
+        save_model(held, tmp_path / "saved", parts.adapter)
+        own = {name: item for name, item in held.named_parameters() if not hasattr(item, "quant_state")}
+    saved = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").named_parameters())
+    assert found.keys() == saved.keys()
+    for name, values in found.items():
+        torch.testing.assert_close(values, saved[name].detach(), rtol=0, atol=1e-6)
+        assert name not in own or values.data_ptr() == own[name].data_ptr()
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

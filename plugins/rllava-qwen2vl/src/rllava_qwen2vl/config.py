@@ -15,10 +15,10 @@ class Qwen2VLOptions(ModelConfig):
 
     shapes = Path(__file__).parent / "shapes"
 
-    from_scratch: Literal["tiny", "tiny-qwen2.5", "tiny-qwen3", "tiny-qwen3-moe"] | None = Field(
+    from_scratch: Literal["tiny", "tiny-64", "tiny-qwen2.5", "tiny-qwen3", "tiny-qwen3-moe"] | None = Field(
         default=None,
-        description="the real architecture and processor with 0.2M random weights: of Qwen2-VL (`tiny`), Qwen2.5-VL, "
-        "Qwen3-VL, or Qwen3-VL with experts",
+        description="the real architecture and processor with 0.2M random weights: of Qwen2-VL (`tiny`; "
+        "`tiny-64` has attention heads of 64), Qwen2.5-VL, Qwen3-VL, or Qwen3-VL with experts",
     )
     min_pixels: int | None = Field(default=None, ge=1, description="images are enlarged to at least this many pixels")
     max_pixels: int | None = Field(default=None, ge=1, description="images are shrunk to at most this many pixels")

@@ -71,6 +71,7 @@ it turns by 0.56 and 0.24."""
 
 PROCESSORS = {
     "tiny": Qwen2VLProcessor,
+    "tiny-64": Qwen2VLProcessor,
     "tiny-qwen2.5": Qwen2_5_VLProcessor,
     "tiny-qwen3": Qwen3VLProcessor,
     "tiny-qwen3-moe": Qwen3VLProcessor,
@@ -130,7 +131,14 @@ def tiny_model(preset: str, tokenizer: Qwen2Tokenizer) -> PreTrainedModel:
         "tie_word_embeddings": False,
     }
     model: PreTrainedModel
-    if preset == "tiny-qwen2.5":
+    if preset == "tiny-64":
+        # Two heads of 64 where the others have four of 16, which other engines' attention on the CPU refuses.
+        rope = {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [8, 12, 12]}
+        wide = {"hidden_size": 128, "num_attention_heads": 2, "rope_parameters": rope}
+        own = {"embed_dim": 64, "mlp_ratio": 2, "hidden_size": 128}
+        config = Qwen2VLConfig(text_config={**text, **wide}, vision_config={**vision, **own}, **tokens)
+        model = Qwen2VLForConditionalGeneration(config)
+    elif preset == "tiny-qwen2.5":
         # Windows of 16 pixels in the first layer, the whole image in the second.
         own = {"intermediate_size": 128, "out_hidden_size": 64, "window_size": 16, "fullatt_block_indexes": [1]}
         config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, **own}, **tokens)

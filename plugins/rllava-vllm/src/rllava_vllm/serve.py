@@ -1,0 +1,51 @@
+"""A vLLM server that answers for a policy: `python -m rllava_vllm.serve MODEL [options of vllm serve]`.
+
+It is `vllm serve` with the arguments without which its answers would not be the policy's, and with vLLM's development
+mode, whose routes take new weights. They ask for no password: unless `--host` says otherwise, only this machine reaches
+them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rllava_vllm.arguments import ENVIRONMENT, cpu_arguments, exact_arguments
+
+LONGEST_ON_CPU = 8192
+"""Tokens read at once on a CPU, unless the options say otherwise."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Becomes `vllm serve`."""
+    if not arguments or arguments[0].startswith("-"):
+        sys.exit("usage: python -m rllava_vllm.serve MODEL [options of vllm serve]")
+    from vllm.platforms import current_platform
+
+    model, given = arguments[0], list(arguments[1:])
+    exact = exact_arguments()
+    if current_platform.is_cpu() and "--max-num-batched-tokens" not in given:
+        exact |= cpu_arguments(LONGEST_ON_CPU)
+    host = [] if "--host" in given else ["--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags(exact), *host, *given]
+    environment = {**ENVIRONMENT, **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+    os.execve(sys.executable, command, environment)
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as options of the command line."""
+    found: list[str] = []
+    for name, value in arguments.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            found += [f"--{option}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
