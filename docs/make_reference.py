@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,6 +141,7 @@ def _methods(described: type) -> list[Any]:
     for name, member in vars(described).items():
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         function = function.fget if isinstance(function, property) else function
+        function = function.func if isinstance(function, cached_property) else function
         public = not name.startswith("_") or name == "__call__"
         if public and inspect.isfunction(function) and (function.__doc__ or name == "__call__"):
             found.append(function)

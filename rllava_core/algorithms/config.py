@@ -43,6 +43,14 @@ class PolicyGradientConfig(Options):
         "kl_coefficient · Σ_t k of the policy that sampled it",
     )
 
+    importance: Literal["none", "token", "sequence"] = Field(
+        default="none",
+        description="for a sampler that is not quite what is trained (other kernels or precision, older weights): "
+        "advantages are multiplied by min(π_trained / π_sampled, importance_cap), the ratio of a decision or of its "
+        "whole trajectory, π_trained computed anew (truncated importance sampling: arXiv:1802.01561, section 4.1)",
+    )
+    importance_cap: float = Field(default=2.0, ge=1, description="largest importance weight")
+
     @model_validator(mode="after")
     def _consistent(self) -> PolicyGradientConfig:
         if (self.aggregation == "constant") != (self.aggregation_length is not None):

@@ -57,9 +57,28 @@ def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tenso
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
+def truncated_importance(
+    trained: Tensor, sampled: Tensor, decisions: Tensor, per: Literal["token", "sequence"], cap: float
+) -> Tensor:
+    """[D] min(π_trained / π_sampled, cap) of each decision, or of all of its trajectory (arXiv:1802.01561, sec. 4.1).
+
+    trained, sampled: [D] log-probs; decisions: [N] how many each trajectory has.
+    """
+    log_ratio = trained - sampled
+    if per == "sequence":
+        log_ratio = sums(log_ratio, decisions).repeat_interleave(decisions)
+    return log_ratio.exp().clamp(max=cap)
+
+
 def sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[N] sums of consecutive stretches. values: [sum of lengths]; lengths: [N], all positive."""
-    return torch.stack([part.sum() for part in values.split(lengths.tolist())])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return values.new_zeros(len(lengths)).index_add_(0, owner, values)
+
+
+def counted(lengths: Tensor) -> Tensor:
+    """[sum of lengths] 0, 1, … of each of N consecutive stretches."""
+    return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
 def _same(group: Tensor, values: Tensor) -> Tensor:

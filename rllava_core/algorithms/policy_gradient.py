@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rllava_core.algorithms.config import PolicyGradientConfig
-from rllava_core.algorithms.maths import aggregation_weights, kl_estimate, sums
+from rllava_core.algorithms.maths import aggregation_weights, counted, kl_estimate, sums, truncated_importance
 from rllava_core.algorithms.protocol import Batch, Loss, PolicyAccess
 from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
@@ -54,7 +55,7 @@ class Rollouts:
             torch.tensor([trajectory.group for trajectory in trajectories]),
             torch.tensor([len(trajectory.turns) for trajectory in trajectories]),
             torch.tensor(turn_decisions),
-            torch.cat([torch.from_numpy(trajectory.behaviour_logprobs) for trajectory in trajectories]),
+            torch.from_numpy(np.concatenate([action.logprobs for item in trajectories for action in item.actions])),
         )
 
     @cached_property
@@ -130,7 +131,16 @@ class PolicyGradient:
             if self.config.kl_in == "reward":
                 divergence = kl_estimate(rollouts.old_logprobs, reference, self.config.kl_estimator)
                 rollouts = replace(rollouts, rewards=rollouts.rewards - self.kl_coefficient * divergence)
+        weights = None
+        if self.config.importance != "none":
+            trained = policy.evaluate(trajectories).logprobs.float()
+            per, cap = self.config.importance, self.config.importance_cap
+            weights = truncated_importance(trained, rollouts.old_logprobs, rollouts.decisions, per, cap)
+            columns["old_logprobs"] = trained
         columns |= self.targets(rollouts, policy)
+        if weights is not None:
+            # Not negative, so that clipped surrogates are multiplied by them as a whole; losses of values are not.
+            columns |= {"importance": weights, "advantages": columns["advantages"] * weights}
         _check_columns(columns, int(rollouts.decisions.sum()))
         for _ in range(self.config.epochs):
             for chosen in _minibatches(rollouts.group, self.config.minibatches):
@@ -147,6 +157,9 @@ class PolicyGradient:
                 "expected one number for each"
             )
         reported = {"policy/entropy": output.entropies, **self.metrics(batch, output)}
+        if "importance" in batch.columns:
+            truncated = batch.importance >= config.importance_cap
+            reported |= {"policy/importance": batch.importance, "policy/importance_truncated": truncated.float()}
         if config.entropy_coefficient:
             per_decision = per_decision - config.entropy_coefficient * output.entropies
         if self.copies:
@@ -169,10 +182,8 @@ class PolicyGradient:
 
     def _batch(self, rollouts: Rollouts, columns: Mapping[str, Tensor], chosen: Sequence[int]) -> Batch:
         decisions = rollouts.decisions[list(chosen)]
-        ends = rollouts.decisions.cumsum(0).tolist()
-        index = torch.cat(
-            [torch.arange(ends[number] - int(rollouts.decisions[number]), ends[number]) for number in chosen]
-        )
+        starts = (rollouts.decisions.cumsum(0) - rollouts.decisions)[list(chosen)]
+        index = starts.repeat_interleave(decisions) + counted(decisions)
         own = {name: column[index] for name, column in columns.items()}
         own["weights"] = aggregation_weights(decisions, self.config.aggregation, self.config.aggregation_length)
         own["share"] = torch.full((int(decisions.sum()),), 1.0 / int(decisions.sum()))

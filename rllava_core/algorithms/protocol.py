@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rllava_core.errors import TrainingError
-from rllava_core.mdp.trajectory import ContextSegment, Stretch, Trajectory, stretches
+from rllava_core.mdp.trajectory import ContextSegment, Segment, Trajectory, stretches
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.policy import Head, PolicyOutput
 
@@ -69,10 +69,11 @@ class Batch:
         taken: list[Trajectory] = []
         count = TokenCount()
         for trajectory in self.trajectories:
-            if taken and count.with_another(trajectory) > tokens:
+            parts = Parts.of(trajectory)
+            if taken and count.total + count.more(parts) > tokens:
                 yield self._slice(taken, start, start + decisions)
                 start, decisions, taken, count = start + decisions, 0, [], TokenCount()
-            count.add(trajectory, shared=shared)
+            count.add(parts, shared=shared)
             taken.append(trajectory)
             decisions += trajectory.decisions
         if taken:
@@ -178,34 +179,40 @@ def fed_back(batches: Iterable[Batch], updates: Sequence[Mapping[str, float]]) -
             return
 
 
+@dataclass(frozen=True)
+class Parts:
+    """begun: what each stretch of a trajectory begins with, and its tokens. own: the number of all other tokens."""
+
+    begun: Mapping[object, int]
+    own: int
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> Parts:
+        begun: dict[object, int] = {}
+        # Each choice of several tokens is read along a path of its own.
+        own = sum(len(choice) - 1 for action in trajectory.actions for choice in action.choices or ())
+        for stretch in stretches(trajectory.turns):
+            begun[tuple(map(_content, stretch.begin))] = sum(len(segment.tokens) for segment in stretch.begin)
+            own += sum(len(segment.tokens) for segment in stretch.rest)
+        return cls(begun, own)
+
+
 class TokenCount:
     """How many tokens the trajectories of a micro-batch are, where those that are read once for several count once."""
 
     def __init__(self) -> None:
-        self._begun: set[object] = set()
         self.total = 0
+        self._begun: set[object] = set()
 
-    def add(self, trajectory: Trajectory, *, shared: bool) -> None:
-        self.total = self.with_another(trajectory)
+    def more(self, parts: Parts) -> int:
+        """By how many the number grows if this trajectory comes to those that were added."""
+        return parts.own + sum(tokens for key, tokens in parts.begun.items() if key not in self._begun)
+
+    def add(self, parts: Parts, *, shared: bool) -> None:
+        self.total += self.more(parts)
         if shared:
-            self._begun.update(_key(stretch) for stretch in stretches(trajectory.turns))
-
-    def with_another(self, trajectory: Trajectory) -> int:
-        """The number of tokens if this one came to those that were added."""
-        total = self.total
-        begun: set[object] = set()
-        for stretch in stretches(trajectory.turns):
-            key = _key(stretch)
-            if key not in self._begun and key not in begun:
-                begun.add(key)
-                total += sum(len(segment.tokens) for segment in stretch.begin)
-            total += sum(len(segment.tokens) for segment in stretch.rest)
-        # Each choice of several tokens is read along a path of its own.
-        choices = (choice for turn in trajectory.turns for choice in turn.action.choices or ())
-        return total + sum(len(choice) - 1 for choice in choices)
+            self._begun.update(parts.begun)
 
 
-def _key(stretch: Stretch) -> object:
-    return tuple(
-        (segment.tokens, segment.images if isinstance(segment, ContextSegment) else ()) for segment in stretch.begin
-    )
+def _content(segment: Segment) -> object:
+    return segment.tokens, segment.images if isinstance(segment, ContextSegment) else ()

@@ -55,6 +55,7 @@ def evaluate(
     resolved = load(target / "config.yaml" if is_run else target, overrides, registry, learning=False)
 
     from rllava_core.cli.display import quiet_libraries
+    from rllava_core.policy.behaviour import Behaviour
     from rllava_core.training.build import build_players
     from rllava_core.training.checkpoint import restore_heads
     from rllava_core.training.evaluation import evaluate as run
@@ -66,8 +67,9 @@ def evaluate(
         chunk = training.prompts_per_step * players.algorithm.group_size
         if weights is not None and players.policy is not None and players.policy.heads:
             restore_heads(weights, players.policy, acting=True)
-        behaviour = players.algorithm.behaviour()
         hosted = players.policy is None
+        # A model that was never trained here acts by what it says, however the algorithm would act by one that was.
+        behaviour = Behaviour() if hosted else players.algorithm.behaviour()
         result = run(
             players.task,
             players.episodes,
@@ -146,6 +148,10 @@ def _show(result: Evaluation, weights: str, how: str, output: Path | None) -> No
     table.add_row("ms a turn, environment", f"{1000 * result.environment_seconds:.2f}")
     for name, value in result.scores.items():
         table.add_row(f"reward {name}", f"{value:.4f}")
+    if result.unparsable_share > 0:
+        table.add_row("share of turns not understood", f"{result.unparsable_share:.4f}")
+    for name, value in result.reports.items():
+        table.add_row(name.replace("/", " ").replace("_", " "), f"{value:.10g}")
     console.print(f"Weights: {weights}")
     console.print(table)
     if output is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ PREDICTED = "GPU figures are predictions, not yet measured on a GPU; those of ho
 @click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
 @click.option("--model", help="A published model by its name or hub id, in place of the config's.")
 @click.option("--fit", metavar="SIZE", help="Search the fastest setting that fits a card of this size, such as 24GB.")
+@click.option("--host-memory", metavar="SIZE", help="With --fit: of the host beside the card; default: enough.")
 @click.option("--image", default="448x448", show_default=True, help="Width and height of an image in pixels, or none.")
 @click.option("--images", type=click.IntRange(min=1), default=1, show_default=True, help="How many a turn shows.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="Tokens of a turn's text; default: 64.")
@@ -42,24 +46,43 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool, fit: st
     if config is None and options["model"] is None:
         raise ConfigError("plan needs a config, or --model with the name of a published model")
     budget = None if fit is None else parse_size(fit, "--fit")
+    told = options["host_memory"]
+    host = None if told is None else parse_size(told, "--host-memory")
+    if host is not None and budget is None:
+        raise ConfigError("--host-memory limits what --fit may choose: add --fit with the size of the card")
     sizes = _sizes(options)
-    request = _request(config, overrides, options, sizes)
+    with _nothing_collected():
+        request = _request(config, overrides, options, sizes)
 
-    from rllava_core.cli.display import quiet_libraries
-    from rllava_core.planning.fitting import fitted
-    from rllava_core.planning.planner import Planner
-    from rllava_core.planning.timing import Machine
+        from rllava_core.cli.display import quiet_libraries
+        from rllava_core.planning.fitting import fitted
+        from rllava_core.planning.planner import Planner
+        from rllava_core.planning.timing import Machine
 
     quiet_libraries()
     on_card = request.device == "cuda"
+    if host is not None and not on_card:
+        raise ConfigError("--host-memory is of the host beside a card, and the model is on the CPU: --fit is its size")
     machine = Machine.card(options["tflops"], options["bandwidth"]) if on_card else Machine.this_cpu()
     planner = Planner(request, machine)
-    found = None if budget is None else fitted(planner, request, budget)
+    found = None if budget is None else fitted(planner, request, budget, host)
     chosen = planner.plan() if found is None else found.plan
     if as_json:
         click.echo(json.dumps(_as_json(chosen, found), indent=2))
     else:
         _show(chosen, found, request)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """For imports, which take most of the time and make no garbage: to look for it costs a tenth of them."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def parse_size(text: str, what: str) -> int:
@@ -150,6 +173,7 @@ def _as_json(plan: Plan, fit: Fit | None) -> dict[str, Any]:
     if fit is not None:
         found["fit"] = {
             "budget_bytes": fit.budget,
+            "host_bytes": fit.host,
             "fits": fit.fits,
             "overrides": list(fit.overrides),
             "smallest_card_gb": fit.card,
@@ -201,6 +225,8 @@ def _show(plan: Plan, fit: Fit | None, request: Request) -> None:
 
 def _show_fit(console: Any, fit: Fit) -> None:
     size = f"{fit.budget / 2**30:g} GiB"
+    if fit.host is not None:
+        size += f", and {fit.host / 2**30:g} GiB of host memory,"
     if fit.fits:
         changed = " ".join(fit.overrides)
         console.print(f"Fits {size} with:  {changed}" if changed else f"Fits {size} as it is.")

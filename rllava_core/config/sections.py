@@ -166,6 +166,11 @@ class TrainingSection(Options):
         gt=0,
         description="largest mean |log-prob while sampling - recomputed| (nats) before a run stops as misaligned",
     )
+    max_token_gap: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest |log-prob while sampling - recomputed| (nats) of any one decision; null: no limit",
+    )
     unseen_images: Literal["warn", "stop", "ignore"] = Field(
         default="warn",
         description="what to do if other images give the very same log-probs, which every evaluation looks at",

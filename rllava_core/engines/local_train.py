@@ -45,10 +45,12 @@ class LocalTrainEngine:
         streamed = config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward
         self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
         self.world = self._parallel.world
-        self._layout = {
-            "packed": config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed,
-            "shared": config.prefix_sharing,
-        }
+        packed = config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed
+        trees = self.policy.adapter.takes_trees
+        # A packed row without trees has one answer, so that nothing of its prompt is shared.
+        shared = config.prefix_sharing and (trees or not packed)
+        self._layout = {"packed": packed, "shared": shared}
+        self.layout = ("packed" if packed else "shared" if trees else "rows") if shared else "unshared"
         self._offload = config.offload_activations
         self._parallel.trained.recompute(config.checkpoint_activations)
         make = optimizer_of(config, setup.training)

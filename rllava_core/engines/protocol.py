@@ -38,10 +38,15 @@ class TrainEngine(Protocol):
     policy: the policy itself, not wrapped, for sampling in this process and for saving.
     world: the processes that compute a step together; `Alone` for an engine that knows of none. All of them call every
         method below with the same arguments, and get the same results.
+    layout: how trajectories are laid out in batches, for `manifest.json`. The local engine's words are `shared`
+        (prompts are read once, answers in rows of several behind them), `rows` (each answer in a row of its own, for a
+        model that takes no trees), `packed` (a prompt and its answers are one row) and `unshared` (every trajectory
+        whole).
     """
 
     policy: Policy
     world: World
+    layout: str
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         """One optimizer step on the sum of the losses of the batch's micro-batches. Returns summed metrics.
@@ -96,7 +101,11 @@ class RolloutEngine(Protocol):
     `RolloutSetup`.
 
     One that provides `own_model` is called with an `AnswerSetup` instead. Weights are never loaded then; contexts have
-    messages and no tokens, and actions a text and, for free text, no tokens and no log-probs.
+    messages and no tokens, and actions a text and, for free text, no tokens and no log-probs. An answer that is none of
+    the choices offered is an action without a choice that has not `ended`.
+
+    An engine may also have a method `report() -> Mapping[str, float]`, which is asked once a step and once an
+    evaluation for what else there is to say since it was last asked; reported as `engine/KEY`.
     """
 
     def generate(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rllava_core.algorithms.protocol import TokenCount
+from rllava_core.algorithms.protocol import Parts, TokenCount
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.policy import PolicyOutput
 
@@ -67,5 +67,5 @@ def _cut(numbers: Sequence[int], pieces: int) -> list[Sequence[int]]:
 def _cost(trajectories: Sequence[Trajectory], shared: bool) -> int:
     count = TokenCount()
     for trajectory in trajectories:
-        count.add(trajectory, shared=shared)
+        count.add(Parts.of(trajectory), shared=shared)
     return count.total

@@ -16,6 +16,10 @@ class Reward(Protocol):
 
     Returns one finite number a trajectory, in order. Called once a step with the whole batch, so that a reward may
     compare trajectories or make its calls to the outside concurrently.
+
+    It may also have a method `report() -> Mapping[str, float]`, which is asked once a step and once an evaluation for
+    what else there is to say since it was last asked, such as what calls to the outside have cost; reported as
+    `reward/NAME/KEY`.
     """
 
     def __call__(self, trajectories: Sequence[Trajectory], /) -> Sequence[float]: ...
@@ -44,6 +48,33 @@ def score(trajectories: Sequence[Trajectory], rewards: Sequence[WeightedReward])
         total = sum(weights[name] * value for name, value in scores.items())
         scored.append(replace(trajectory, scores=scores, score=total))
     return scored
+
+
+def reports(rewards: Sequence[WeightedReward]) -> dict[str, float]:
+    """What rewards that have a `report` say of themselves, as metrics.
+
+    Raises RewardError that names the reward if that raises or is not made of finite numbers by name.
+    """
+    return {
+        f"reward/{reward.name}/{key}": value
+        for reward in rewards
+        for key, value in reported(reward.function, f"reward {reward.name!r}", RewardError).items()
+    }
+
+
+def reported(component: object, name: str, failure: type[Exception]) -> dict[str, float]:
+    """What a component's optional `report()` says; nothing if it has none. Raises `failure` that names it."""
+    report = getattr(component, "report", None)
+    if report is None:
+        return {}
+    try:
+        found = {str(key): float(value) for key, value in dict(report()).items()}
+    except (Exception, SystemExit) as error:
+        raise failure(f"{name}: report() {describe(error)}; it must return numbers by name") from error
+    for key, value in found.items():
+        if not math.isfinite(value):
+            raise failure(f"{name}: report() says that {key} is {value}; it must be finite")
+    return found
 
 
 def succeeded(trajectory: Trajectory, primary: str | None) -> bool:

@@ -47,15 +47,19 @@ class SingleTurn:
 _PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
-def fill(template: str, fields: Mapping[str, Any], images: Sequence[Image], where: str) -> tuple[Part, ...]:
+def fill(
+    template: str, fields: Mapping[str, Any], images: Sequence[Image], where: str, template_name: str = "task.prompt"
+) -> tuple[Part, ...]:
     """A prompt template with `{field}` replaced by the example's value and `{image}` by its next image.
 
     Without `{image}`, all images come first. Raises DataError for an unknown field or a wrong number of `{image}`.
+
+    where, template_name: the example and the template, for messages.
     """
     slots = sum(1 for match in _PLACEHOLDER.finditer(template) if match[1] == "image")
     if slots not in (0, len(images)):
         raise DataError(
-            f"{where}: task.prompt has {slots} {{image}} placeholders, the example has {len(images)} images"
+            f"{where}: {template_name} has {slots} {{image}} placeholders, the example has {len(images)} images"
         )
     parts: list[Part] = [] if slots else [ImagePart(image) for image in images]
     waiting = iter(images)
@@ -72,7 +76,7 @@ def fill(template: str, fields: Mapping[str, Any], images: Sequence[Image], wher
             text += str(fields[match[1]])
         else:
             known = ", ".join(sorted(fields)) or "none"
-            raise DataError(f"{where}: task.prompt names {{{match[1]}}}, the example has the fields: {known}")
+            raise DataError(f"{where}: {template_name} names {{{match[1]}}}, the example has the fields: {known}")
     return (*parts, *_text(text + template[end:]))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import is_
 from typing import Any, Literal
 
@@ -96,9 +97,10 @@ class Turn:
         return last
 
 
-Truncation = Literal["environment", "turns", "tokens", "context", "failure"]
+Truncation = Literal["environment", "turns", "tokens", "context", "failure", "unparsable"]
 """Why an episode was cut: by the environment itself, at `task.max_turns`, at `task.max_episode_tokens`, at the longest
-sequence that the model can read, or because the environment's process raised, hung or died."""
+sequence that the model can read, because the environment's process raised, hung or died, or because the last action was
+none of the choices that were offered."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ class Trajectory:
         """What the environment showed first."""
         return self.turns[0].observation
 
-    @property
+    @cached_property
     def actions(self) -> tuple[ActionSegment, ...]:
         return tuple(turn.action for turn in self.turns)
 
-    @property
+    @cached_property
     def decisions(self) -> int:
         """Number of decisions of all turns."""
         return sum(turn.action.decisions for turn in self.turns)

@@ -27,6 +27,7 @@ class Fit:
     plan: the fastest that fits, or if none does the one that needs least.
     overrides: of the config, by which it is reached.
     card: GiB of the smallest card that holds it, None if there is none.
+    host: bytes of the host's memory beside the card, None if it was not limited.
     """
 
     budget: int
@@ -34,29 +35,70 @@ class Fit:
     plan: Plan
     overrides: tuple[str, ...]
     card: int | None
+    host: int | None
 
 
-def fitted(planner: Planner, request: Request, budget: int) -> Fit:
-    """Try settings from fast to slow, the request's own first. Raises ConfigError if that cannot be run."""
+def fitted(planner: Planner, request: Request, budget: int, host: int | None = None) -> Fit:
+    """Try settings from fast to slow, the request's own first. Raises ConfigError if that cannot be run.
+
+    budget: bytes of the card, or of the host if the model is there.
+    host: bytes of the host's memory beside a card; None: enough of it.
+
+    Measuring takes seconds, so what is sure not to fit is not measured.
+    """
     before = request.levers
+    room = _Room(budget, host if request.device == "cuda" else None)
     least = planner.plan()
-    fits = least.needed <= MARGIN * budget
-    for levers in () if fits else _from_fast_to_slow(request):
+    for levers in () if room.holds(least) else _from_fast_to_slow(request):
         try:
-            if planner.at_least(levers) > MARGIN * budget:
+            if not room.may_hold(planner, levers):
                 continue
-            plan = planner.plan(levers)
+            least = min((least, planner.plan(levers)), key=room.lack)
         except ConfigError:
             continue  # such a setting cannot be run
-        fits = plan.needed <= MARGIN * budget
-        if fits or plan.needed < least.needed:
-            least = plan
-        if fits:
+        if room.holds(least):
             break
-    if not fits:
-        least = min((least, _leanest(planner, request)), key=lambda plan: plan.needed)
+    if not room.holds(least):
+        least = min((least, _leanest(planner, request)), key=room.lack)
     card = next((size for size in CARDS if least.needed <= MARGIN * size * 2**30), None)
-    return Fit(budget, fits, least, tuple(least.levers.overrides(before)), card)
+    return Fit(budget, room.holds(least), least, tuple(least.levers.overrides(before)), card, room.host)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Bytes of the card, or of the host where the model is there; and of the host beside a card, if that is limited."""
+
+    budget: int
+    host: int | None
+
+    def lack(self, plan: Plan) -> tuple[float, int]:
+        """Bytes that are missing; of two that lack the same, the one that needs less is better."""
+        on_host = 0 if self.host is None else max(0, plan.host_peak.host_total - self.host)
+        return max(0.0, plan.needed - MARGIN * self.budget) + on_host, plan.needed
+
+    def holds(self, plan: Plan) -> bool:
+        return self.lack(plan)[0] == 0
+
+    def may_hold(self, planner: Planner, levers: Levers) -> bool:
+        """Whether there is room for weights, states, gradients, and for the activations of the setting that has least
+        of them (which are there while gradients may not be)."""
+        least = planner.at_least(levers)
+        held = least.device or least.host
+        limit = MARGIN * self.budget
+        if sum(held.values()) > limit or (self.host is not None and least.host_total > self.host):
+            return False
+        leanest = replace(
+            levers,
+            micro_batch_tokens=min(SMALLEST_BATCH, levers.micro_batch_tokens),
+            checkpoint_activations=True,
+            offload_activations=True,
+            optimizer="adamw",
+            optimizer_on_cpu=True,
+            stochastic_rounding=False,
+            step_in_backward=False,
+            unseen_images="ignore",
+        )
+        return sum(held.values()) - held.get("gradients", 0) + planner.activations(leanest) <= limit
 
 
 def _from_fast_to_slow(request: Request) -> Iterator[Levers]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,25 @@ SOME = 4
 """Prompts that are traced where all that is needed grows with their number."""
 
 
+@dataclass(frozen=True)
+class Pass:
+    """How a micro-batch is computed, and what becomes of its gradients.
+
+    sharing, recompute, offload: as the config's `engine.train` says.
+    entropy: whether the loss has a gradient through entropies.
+    gradients_from: finished gradients of so many bytes and more are followed, and stay, as "gradients"; smaller ones
+        are left out.
+    added: there are gradients already, to which these are added.
+    """
+
+    sharing: bool
+    recompute: bool
+    offload: bool
+    entropy: bool
+    gradients_from: float
+    added: bool
+
+
 class Laboratory:
     """A policy on the meta device, and episodes for it to read."""
 
@@ -43,26 +62,23 @@ class Laboratory:
         self._autocast = autocast
         self._layers = _layer_lists(policy)
 
-    def update(
-        self, trajectories: Sequence[Trajectory], *, sharing: bool, recompute: bool, offload: bool, entropy: bool
-    ) -> Footprint:
+    def update(self, trajectories: Sequence[Trajectory], how: Pass) -> Footprint:
         """Forward and backward of one micro-batch."""
-        return self._largest(
-            lambda: self._traced_update(
-                trajectories, sharing=sharing, recompute=recompute, offload=offload, entropy=entropy
-            )
-        )
+        batch = self._packed(trajectories, packed=how.recompute or not how.sharing, shared=how.sharing)
+        return self._largest(lambda: self._traced_update(batch, how))
 
     def probe(self, trajectories: Sequence[Trajectory]) -> Footprint:
         """Forward of one micro-batch, and backward to the weights of the parts that see alone."""
         few = trajectories[:SOME]
-        found = self._largest(lambda: self._traced_probe(few))
+        batch = self._packed(few, packed=self.policy.recomputes, shared=True)
+        found = self._largest(lambda: self._traced_probe(batch))
         # Logits come in chunks of the same size however many there are.
         return _times(found, len(trajectories) / len(few), but=("logits",))
 
     def evaluation(self, trajectories: Sequence[Trajectory]) -> Footprint:
         """Forward of one micro-batch without gradients, as of a reference policy."""
-        return self._largest(lambda: self._traced_evaluation(trajectories))
+        batch = self._packed(trajectories, packed=False, shared=True)
+        return self._largest(lambda: self._traced_evaluation(batch))
 
     def sampling(self, groups: int, count: int) -> Footprint:
         """Prefill of so many prompts, and decoding of `count` answers to each."""
@@ -108,44 +124,91 @@ class Laboratory:
                 for owner, name, layers in lists:
                     setattr(owner, name, layers)
 
-    def _tracer(self) -> Tracer:
+    def _tracer(self, batch: PolicyBatch | None = None) -> Tracer:
+        """A tracer that counts what is large in a batch from the beginning."""
         head = self.policy.adapter.lm_head(self.policy.model)
         assert isinstance(head.weight, Tensor)
-        return Tracer(head.weight.shape[0], self._autocast)
+        tracer = Tracer(head.weight.shape[0], self._autocast)
+        if batch is not None:
+            for values in (*batch.prefix_media.values(), *batch.tree_media.values(), batch.tree_sees):
+                if values is not None:
+                    tracer.hold(values)
+        return tracer
 
-    def _traced_update(
-        self, trajectories: Sequence[Trajectory], *, sharing: bool, recompute: bool, offload: bool, entropy: bool
-    ) -> list[Footprint]:
-        policy, tracer = self.policy, self._tracer()
+    def _traced_update(self, batch: PolicyBatch, how: Pass) -> list[Footprint]:
+        """Of the forward pass, and of the backward pass up to the first gradient of a layer of the language model, from
+        there to the first of the parts that see, and to its end: each is worst where it begins or where it ends."""
+        policy, tracer = self.policy, self._tracer(batch)
         weights = {item.untyped_storage()._cdata for item in (*policy.parameters(), *policy.buffers())}
 
         def stays(saved: Tensor) -> bool:
             return saved.nbytes < SMALLEST or saved.untyped_storage()._cdata in weights
 
-        saving = tracer.offloading(stays) if offload else nullcontext()
+        stages: list[Footprint] = []
+
+        def until(count: int) -> None:
+            while len(stages) < count:
+                stages.append(tracer.stage())
+
+        def made(begins: int, parameter: Tensor) -> None:
+            until(begins)
+            assert parameter.grad is not None
+            if parameter.nbytes >= how.gradients_from:
+                tracer.rename(parameter.grad, "gradients")
+                return
+            # Counted by whoever knows how long they stay.
+            tracer.forget(parameter.grad)
+            if not how.added:
+                parameter.grad = None
+
+        trained = {name: item for name, item in policy.named_parameters() if item.requires_grad}
+        if how.added:
+            for parameter in trained.values():
+                parameter.grad = torch.empty_like(parameter)
+        begins = self._begins()
+        saving = tracer.offloading(stays) if how.offload else nullcontext()
         hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(_drop_gradient, tracer))
-            for parameter in policy.parameters()
-            if parameter.requires_grad
+            item.register_post_accumulate_grad_hook(partial(made, begins.get(id(item), 0))) for item in trained.values()
         ]
         hooks += _label_vision(policy, tracer)
         try:
-            policy.recompute(recompute)
+            policy.recompute(how.recompute)
             with tracer, saving:
-                output = policy(self._packed(trajectories, packed=recompute or not sharing, shared=sharing))
+                output = policy(batch)
                 loss = output.logprobs.sum() + sum(values.sum() for values in output.heads.values())
-                if entropy:
+                if how.entropy:
                     loss = loss + output.entropies.sum()
                 del output
-                forward = tracer.stage()
+                until(1)
                 backward(loss)
-                return [forward, tracer.stage()]
+                until(4)
+                return stages
         finally:
+            for parameter in trained.values():
+                parameter.grad = None
             for hook in hooks:
                 hook.remove()
 
-    def _traced_probe(self, trajectories: Sequence[Trajectory]) -> list[Footprint]:
-        policy, tracer = self.policy, self._tracer()
+    def _begins(self) -> dict[int, int]:
+        """How many stages of an update are over when a weight gets its gradient, by its identity; 0: any number."""
+        layers = {
+            id(item): 2
+            for part, lists in self._layers.items()
+            if part == "language"
+            for _, _, members in lists
+            for item in members.parameters()
+        }
+        part_of = self.policy.adapter.part_of
+        seeing = {
+            id(item): 3
+            for model in _models(self.policy)
+            for name, item in model.named_parameters()
+            if part_of(name.replace(".base_layer.", ".")) != "language"
+        }
+        return {**layers, **seeing}
+
+    def _traced_probe(self, batch: PolicyBatch) -> list[Footprint]:
+        policy, tracer = self.policy, self._tracer(batch)
         seeing = [
             parameter
             for name, parameter in policy.model.named_parameters()
@@ -154,7 +217,7 @@ class Laboratory:
         hooks = _label_vision(policy, tracer)
         try:
             with torch.set_grad_enabled(bool(seeing)), tracer:
-                loss = policy(self._packed(trajectories, packed=policy.recomputes, shared=True)).logprobs.mean()
+                loss = policy(batch).logprobs.mean()
                 forward = tracer.stage()
                 if seeing:
                     backward(loss, seeing)
@@ -163,12 +226,12 @@ class Laboratory:
             for hook in hooks:
                 hook.remove()
 
-    def _traced_evaluation(self, trajectories: Sequence[Trajectory]) -> list[Footprint]:
-        tracer = self._tracer()
+    def _traced_evaluation(self, batch: PolicyBatch) -> list[Footprint]:
+        tracer = self._tracer(batch)
         hooks = _label_vision(self.policy, tracer)
         try:
             with torch.no_grad(), tracer:
-                self.policy(self._packed(trajectories, packed=False, shared=True))
+                self.policy(batch)
                 return [tracer.stage()]
         finally:
             for hook in hooks:
@@ -209,10 +272,12 @@ class Laboratory:
                 hook.remove()
 
     def _packed(self, trajectories: Sequence[Trajectory], *, packed: bool, shared: bool) -> PolicyBatch:
+        """A batch, whose images have no data."""
         builder = BatchBuilder(self.policy.adapter, self._media, packed=packed, shared=shared)
         for trajectory in trajectories:
             builder.add_trajectory(trajectory)
-        batch = builder.build()
+        with self._tracer():
+            batch = builder.build()
         if batch.tree_sees is None:
             return batch
         # Nobody looks into it, and it may be large.
@@ -234,13 +299,6 @@ def _grow(memory: Memory, tokens: int) -> None:
             new = torch.empty(rows, heads, step, size, dtype=layer.keys.dtype, device=META)
             layer.update(new, new)
             left -= step
-
-
-def _drop_gradient(tracer: Tracer, parameter: Tensor) -> None:
-    """Finished gradients are counted by whoever knows how long they stay."""
-    assert parameter.grad is not None
-    tracer.forget(parameter.grad)
-    parameter.grad = None
 
 
 def _label_vision(policy: Policy, tracer: Tracer) -> list[Any]:

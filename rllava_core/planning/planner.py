@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from rllava_core.algorithms.protocol import Batch
 from rllava_core.errors import ConfigError
-from rllava_core.planning.measuring import Laboratory
+from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.planning.measuring import Laboratory, Pass
 from rllava_core.planning.request import Levers, Request
 from rllava_core.planning.shape import QuantizedLinear, planned_adapter, planned_model
 from rllava_core.planning.timing import Machine, Seconds
@@ -25,9 +27,14 @@ from rllava_core.training.storage import SHARD_BYTES
 
 MIB = 2**20
 
-PROCESS = 180 * MIB
-"""Host memory over that of an interpreter that has imported everything: threads, libraries' own buffers, the data set.
-Measured by `benchmarks/plan_accuracy.py`."""
+PROCESS = 64 * MIB
+"""Host memory over that of an interpreter that has imported everything: 40 MiB of the libraries' code, read as it is
+used, and what Python and the threads of matrix products allocate. One run had 54 MiB after its C library had given back
+what was free, and 70 MiB where every block was mapped by itself."""
+
+MAPPED = 32 * MIB
+"""Blocks from which glibc maps each by itself, and gives it back as soon as it is freed. Smaller ones come from a heap,
+in which gradients seldom find the room that activations have left: other sizes, and aligned."""
 
 CUDA_CONTEXT = 600 * MIB
 """What the driver and cuBLAS take of a card before any tensor. Not yet measured by us."""
@@ -109,14 +116,26 @@ class Planner:
             self._plans[levers] = self._planned(levers)
         return self._plans[levers]
 
-    def at_least(self, levers: Levers) -> int:
-        """Bytes that a card must have for weights, states and gradients alone. Measures nothing."""
+    def at_least(self, levers: Levers) -> Phase:
+        """What weights, states and gradients alone take. Measures nothing."""
         request = self._first.with_levers(**asdict(levers))
         subject = self._subject(request)
-        states = 0 if levers.optimizer_on_cpu else optimizer_bytes(levers, subject.trained_parameters)
-        streamed = levers.optimizer_on_cpu or levers.step_in_backward
-        gradients = 0 if streamed else sum(item.nbytes for item in subject.trained_parameters)
-        return subject.weights + subject.other_weights + subject.copies + states + gradients
+        learnt = {"optimizer": optimizer_bytes(levers, subject.trained_parameters), "gradients": 0}
+        if not levers.step_in_backward:
+            learnt["gradients"] = sum(item.nbytes for item in subject.trained_parameters)
+        held = {"weights": subject.weights + subject.other_weights + subject.copies}
+        if request.device == "cpu":
+            return Phase("at least", {}, {"process": PROCESS, **held, **learnt})
+        if levers.optimizer_on_cpu:
+            return Phase("at least", {"context": CUDA_CONTEXT, **held}, {"process": CUDA_HOST, **learnt})
+        host = {"process": CUDA_HOST, "weights": subject.weights + subject.copies}  # while they are loaded
+        return Phase("at least", {"context": CUDA_CONTEXT, **held, **learnt}, host)
+
+    def activations(self, levers: Levers) -> int:
+        """Bytes that an update takes beside weights, states and gradients. Measures that alone."""
+        request = self._first.with_levers(**asdict(levers))
+        found = _Parts(request, self._subject(request)).update
+        return found.total - found.peak.get("gradients", 0)
 
     def _planned(self, levers: Levers) -> Plan:
         request = self._first.with_levers(**asdict(levers))
@@ -176,22 +195,22 @@ class _Subject:
     def trained_parameters(self) -> list[Tensor]:
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
-    def update(self, trajectories: Sequence[object], **how: bool) -> Footprint:
-        key = ("update", len(trajectories), *sorted(how.items()))
+    def update(self, trajectories: Sequence[Trajectory], how: Pass) -> Footprint:
+        key = ("update", len(trajectories), how)
         if key not in self._measured:
-            self._measured[key] = self.laboratory.update(trajectories, **how)  # type: ignore[arg-type]
+            self._measured[key] = self.laboratory.update(trajectories, how)
         return self._measured[key]
 
-    def probe(self, trajectories: Sequence[object]) -> Footprint:
+    def probe(self, trajectories: Sequence[Trajectory]) -> Footprint:
         key = ("probe", len(trajectories))
         if key not in self._measured:
-            self._measured[key] = self.laboratory.probe(trajectories)  # type: ignore[arg-type]
+            self._measured[key] = self.laboratory.probe(trajectories)
         return self._measured[key]
 
-    def evaluation(self, trajectories: Sequence[object]) -> Footprint:
+    def evaluation(self, trajectories: Sequence[Trajectory]) -> Footprint:
         key = ("evaluation", len(trajectories))
         if key not in self._measured:
-            self._measured[key] = self.laboratory.evaluation(trajectories)  # type: ignore[arg-type]
+            self._measured[key] = self.laboratory.evaluation(trajectories)
         return self._measured[key]
 
     def sampling(self, groups: int, count: int) -> Footprint:
@@ -217,15 +236,21 @@ class _Parts:
                 f"engine.train.step_in_backward needs one micro-batch a step, and there are {self.micro_batches}: "
                 "raise training.micro_batch_tokens, or sample fewer or shorter episodes"
             )
-        self.update = subject.update(
-            self.micro_batch,
-            sharing=levers.prefix_sharing,
-            recompute=levers.checkpoint_activations,
-            offload=levers.offload_activations,
-            entropy=request.entropy,
-        )
         trained = subject.trained_parameters
         self.streamed = levers.optimizer_on_cpu or levers.step_in_backward or levers.stochastic_rounding
+        self.in_heap = MAPPED if request.device == "cpu" else 0
+        taken = levers.optimizer_on_cpu or levers.step_in_backward or (self.streamed and self.micro_batches > 1)
+        self.update = subject.update(
+            self.micro_batch,
+            Pass(
+                sharing=levers.prefix_sharing,
+                recompute=levers.checkpoint_activations,
+                offload=levers.offload_activations,
+                entropy=request.entropy,
+                gradients_from=math.inf if taken or self.micro_batches > 1 else self.in_heap,
+                added=self.micro_batches > 1 and not self.streamed,
+            ),
+        )
         # Gradients of several passes are added in the precision that the optimizer steps in.
         wide = self.micro_batches > 1
         self.gradients = sum(
@@ -248,7 +273,8 @@ class _Parts:
         shown = min(workload.episodes, limit, request.evaluated or limit)
         found.append(self._phase("evaluation", kept, subject.sampling(shown, 1)))
         if request.levers.unseen_images != "ignore" and workload.image is not None and workload.images:
-            looked_at = subject.episodes.trajectories(min(PROBED, shown), 1)
+            # Of all that were evaluated, however few are sampled at once.
+            looked_at = subject.episodes.trajectories(min(PROBED, request.evaluated or PROBED), 1)
             first = next(iter(Batch(tuple(looked_at), {}).split(request.levers.micro_batch_tokens))).trajectories
             # As `rllava_core.training.sight` computes it, which pulls none of the engine's levers.
             found.append(self._phase("image probe", kept, subject.probe(first)))
@@ -274,14 +300,17 @@ class _Parts:
         """Finished gradients at the update's worst moment, on the device and on the host.
 
         Those of earlier micro-batches are all there. Those of the only one grow as activations are freed, so that there
-        are never all of both.
+        are never all of both, but for those that do not find the room.
         """
         levers = self.request.levers
         if levers.optimizer_on_cpu:
             return 0, self.gradients
         if levers.step_in_backward:
             return 0, 0
-        return (self.gradients if self.micro_batches > 1 else max(0, self.gradients - self.update.total)), 0
+        if self.micro_batches > 1:
+            return self.gradients, 0
+        beside = sum(item.nbytes for item in self.subject.trained_parameters if item.nbytes < self.in_heap)
+        return self.update.peak.get("gradients", 0) + beside, 0
 
     def _phase(self, name: str, kept: Mapping[str, int], footprint: Footprint, gradients: int = 0) -> Phase:
         labels = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "activations": "activations"}

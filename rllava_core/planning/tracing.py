@@ -31,7 +31,7 @@ META, CPU = torch.device("meta"), torch.device("cpu")
 class Footprint:
     """What a piece of code needs beside what was there before.
 
-    peak: bytes by label, at the moment at which their sum is largest. Finished gradients of weights are not among them.
+    peak: bytes by label, at the moment at which their sum is largest.
     left: bytes by label that are still held when it is done.
     host: bytes that saved activations take in host memory, where they are offloaded.
     flops: floating-point operations of matrix products, convolutions and attention.
@@ -95,6 +95,15 @@ class Tracer:
             label, size, _ = entry
             self._live[label] -= size
             self._total -= size
+
+    def rename(self, tensor: Tensor, label: str) -> None:
+        """Book a tensor that was allocated in here under another name."""
+        address = tensor.untyped_storage()._cdata
+        if address in self._held:
+            old, size, reference = self._held[address]
+            self._held[address] = (label, size, reference)
+            self._live[old] -= size
+            self._live[label] += size
 
     @contextmanager
     def offloading(self, keep: Callable[[Tensor], bool]) -> Iterator[None]:
@@ -175,6 +184,9 @@ class _Dispatch(TorchDispatchMode):
             # Pixels are compared with 0, to leave out images that are padding: there are none.
             return self._booked(torch.zeros(given[0].shape, dtype=torch.bool), given)
         if any(tensor.is_meta for tensor in given):
+            if kwargs.get("device") == CPU:
+                # Moved to where the tokens are, which are real: in a run that is where all is.
+                kwargs = {**kwargs, "device": META}
             return self._computed(func, args, kwargs, given)
         if func is torch.ops.aten.cat.default and given[0].is_floating_point():
             # The images of a batch, the only floats that come in with data.
@@ -192,7 +204,9 @@ class _Dispatch(TorchDispatchMode):
             outputs, flops = _KNOWN[key]
             self._tracer.flops += flops
             made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in outputs]
-            return self._booked(made[0] if len(made) == 1 else tuple(made), given)
+            for tensor in made:
+                self._tracer.hold(tensor)
+            return made[0] if len(made) == 1 else tuple(made)
         if any(not tensor.is_meta for tensor in given):
             args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
         out = func(*args, **kwargs)

@@ -36,7 +36,7 @@ TORCH = frozenset({"torch", "transformers"})
 HEAVY = TORCH | {
     *("torchvision", "torchaudio", "accelerate", "peft", "datasets", "vllm", "tensorflow", "jax", "triton"),
     *("numpy", "scipy", "pandas", "sklearn", "matplotlib", "PIL", "cv2", "skimage", "numba", "sympy"),
-    *("gymnasium", "requests", "openai", "wandb"),
+    *("gymnasium", "requests", "httpx", "httpx2", "aiohttp", "wandb"),
 }
 """Packages that take long to import, and that listing plugins needs none of."""
 

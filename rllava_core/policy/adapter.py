@@ -27,6 +27,8 @@ class ModelAdapter(Protocol):
     image_token: token id of the image placeholder; a rendered prompt holds one for each image feature.
     forbidden_tokens: ids that may never be sampled: placeholders, and ids for which the tokenizer has no token.
     context_length: longest sequence, in tokens, that the model's positions allow.
+    takes_trees: whether `hidden_states` takes masks of four dimensions, under which a row is a tree of continuations.
+        Without, every continuation has a row of its own.
     """
 
     pad_token: int
@@ -34,6 +36,7 @@ class ModelAdapter(Protocol):
     image_token: int
     forbidden_tokens: tuple[int, ...]
     context_length: int
+    takes_trees: bool
 
     def load(self) -> PreTrainedModel:
         """The model with its language head. Raises ModelError. Called before anything else, and again for a copy."""
@@ -69,7 +72,8 @@ class ModelAdapter(Protocol):
     def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> LongTensor:
         """[axes, T] position ids of a piece of a sequence whose first position is `start`; 1 axis, or 3 for M-RoPE.
 
-        The next piece starts at the largest of them plus one.
+        The next piece starts at the largest of them plus one. Text counts up by one on all axes alike, whatever it
+        says: of what is sampled nobody asks.
         """
         ...
 
@@ -92,7 +96,8 @@ class ModelAdapter(Protocol):
 
         The mask says which tokens there are, 1 or 0, of which each sees those before it; or it is to be added to the
         scores of the attention as it is, 0 or the lowest number, because a row is a tree of continuations that do not
-        see each other. transformers' models take both.
+        see each other. Most of transformers' models take both; one that says no to `takes_trees` is given the first
+        alone.
         """
         ...
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,8 +36,11 @@ def check_length(length: int, adapter: ModelAdapter, name: str) -> None:
         )
 
 
-def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
-    """Contexts, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError."""
+def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter, forbidden: frozenset[int]) -> None:
+    """Contexts, decisions and log-probs fit together, and nothing forbidden was sampled. Raises InvariantError.
+
+    forbidden: the adapter's forbidden tokens, of which there may be hundreds, as a set.
+    """
     name = trajectory.name
     if not trajectory.turns:
         raise InvariantError(f"{name}: a trajectory without turns")
@@ -50,16 +55,17 @@ def check_trajectory(trajectory: Trajectory, adapter: ModelAdapter) -> None:
             raise InvariantError(f"{where}: an action without tokens")
         if action.logprobs.shape != (action.decisions,):
             raise InvariantError(f"{where}: {action.logprobs.shape} log-probs for {action.decisions} decisions")
-        if not np.isfinite(action.logprobs).all() or (action.logprobs > 1e-4).any():
+        # Actions are short: a loop over their numbers is faster than a call of NumPy's.
+        if not all(-math.inf < logprob <= 1e-4 for logprob in action.logprobs.tolist()):
             raise InvariantError(f"{where}: behaviour log-probs must be finite and not positive: {action.logprobs}")
         if action.choice is not None:
             if action.choices is None or not 0 <= action.choice < len(action.choices):
                 raise InvariantError(f"{where}: choice {action.choice} of {action.choices}")
             if action.choices[action.choice] != action.tokens:
                 raise InvariantError(f"{where}: the tokens are not those of choice {action.choice}")
-        forbidden = set(action.tokens).intersection(adapter.forbidden_tokens)
-        if forbidden:
-            raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {sorted(forbidden)}")
+        if not forbidden.isdisjoint(action.tokens):
+            never = sorted(forbidden.intersection(action.tokens))
+            raise InvariantError(f"{where}: the action holds tokens that may not be sampled: {never}")
 
 
 def _check_shown(context: Sequence[Segment], more: int, adapter: ModelAdapter, where: str) -> None:
@@ -69,22 +75,63 @@ def _check_shown(context: Sequence[Segment], more: int, adapter: ModelAdapter, w
     check_length(sum(len(segment.tokens) for segment in context) + more, adapter, where)
 
 
-def check_recomputed(trajectories: Sequence[Trajectory], logprobs: torch.Tensor, limit: float) -> float:
-    """Mean |behaviour log-prob − recomputed| in nats, of a policy that has not changed since it sampled.
+WORST_SHOWN = 3
 
-    A gap beyond `limit` means that what is trained is not what was sampled (another image, another position, another
-    mask). Raises InvariantError that names the worst trajectory.
+
+@dataclass(frozen=True)
+class Gaps:
+    """|log-prob while sampling − recomputed| of the decisions of trajectories, in nats.
+
+    ratio: mean of exp of it, 1 where the two agree.
+    """
+
+    mean: float
+    largest: float
+    ratio: float
+
+
+def check_recomputed(
+    trajectories: Sequence[Trajectory],
+    logprobs: torch.Tensor,
+    adapter: ModelAdapter,
+    limit: float,
+    token_limit: float | None = None,
+) -> Gaps:
+    """A policy that has not changed since it sampled has the log-probs that were recorded.
+
+    logprobs: [D] recomputed, of the decisions of all trajectories. limit, token_limit: of the mean gap and of the
+    largest. Beyond them what is trained is not what was sampled: another image, another position, another mask, or
+    weights that were never handed over. Raises InvariantError that names the worst decisions.
     """
     recomputed = logprobs.detach().float().cpu().numpy()
-    recorded = np.concatenate([trajectory.behaviour_logprobs for trajectory in trajectories])
+    recorded = np.concatenate([action.logprobs for trajectory in trajectories for action in trajectory.actions])
     gaps = np.abs(recomputed - recorded)
-    mean = float(gaps.mean())
-    if not mean <= limit:
-        worst = int(np.nanargmax(gaps)) if not np.isnan(gaps).all() else 0
-        ends = np.cumsum([trajectory.decisions for trajectory in trajectories])
-        culprit = trajectories[int(np.searchsorted(ends, worst, side="right"))]
+    mean, largest = float(gaps.mean()), float(gaps.max())
+    too_far = f"{mean:.3g} nats on average (training.max_logprob_gap is {limit:g})" if not mean <= limit else ""
+    if token_limit is not None and not largest <= token_limit:
+        too_far = too_far or f"up to {largest:.3g} nats (training.max_token_gap is {token_limit:g})"
+    if too_far:
+        # What is no number is farther away than any number.
+        order = np.argsort(-np.nan_to_num(gaps, nan=np.inf), kind="stable")[:WORST_SHOWN].tolist()
+        worst = [
+            f"{_named(trajectories, place, adapter)}: {recorded[place]:.4f} sampled, {recomputed[place]:.4f} recomputed"
+            for place in order
+        ]
         raise InvariantError(
-            f"log-probs while sampling and recomputed differ by {mean:.3g} nats on average (limit {limit:g}); "
-            f"worst on {culprit.name}: {recorded[worst]:.4f} sampled, {recomputed[worst]:.4f} recomputed"
+            f"log-probs while sampling and recomputed differ by {too_far}; worst on {'; '.join(worst)}"
         )
-    return mean
+    return Gaps(mean, largest, float(np.exp(gaps).mean()))
+
+
+def _named(trajectories: Sequence[Trajectory], place: int, adapter: ModelAdapter) -> str:
+    """Whose decision number `place` of all is, and which."""
+    for trajectory in trajectories:
+        for number, turn in enumerate(trajectory.turns):
+            action = turn.action
+            if place < action.decisions:
+                tokens = action.tokens if action.choice is not None else action.tokens[place : place + 1]
+                where = f"turn {number + 1}, " if len(trajectory.turns) > 1 else ""
+                kind = "choice" if action.choice is not None else f"token {place + 1}"
+                return f"{trajectory.name}, {where}{kind} {adapter.decode(tokens)!r}"
+            place -= action.decisions
+    raise AssertionError("unreachable")

@@ -25,6 +25,7 @@ class Hosted:
     image_token = -1
     forbidden_tokens: tuple[int, ...] = ()
     context_length = sys.maxsize
+    takes_trees = True
 
     def __init__(self, config: BaseModel | None = None) -> None:
         pass

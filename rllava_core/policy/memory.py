@@ -92,8 +92,13 @@ class GrowingLayer(DynamicLayer):
             self._room.used = self.get_seq_length()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._room = None
+        length = self.get_seq_length()
+        if length:
+            assert self.keys is not None
+            assert self.values is not None
+            # Copied once, to where there is room for what will be added.
+            self._room = _Room.for_tokens(len(indices), self.keys, length)
+            self.keys, self.values = self._room.write_rows(self.keys, self.values, indices)
 
 
 @dataclass
@@ -106,13 +111,18 @@ class _Room:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, like: Tensor, length: int) -> _Room:
-        """Room for `length` tokens and some more, so that growing costs a constant number of copies a token."""
-        rows, heads, _, size = like.shape
-        capacity = length + max(32, length // 4)
-        room = cls(like.new_empty(rows, heads, capacity, size), like.new_empty(rows, heads, capacity, size), 0)
+        """Room for `length` tokens, of which some are there."""
+        room = cls.for_tokens(len(like), like, length)
         if keys.numel():
             room.write(keys, values, 0)
         return room
+
+    @classmethod
+    def for_tokens(cls, rows: int, like: Tensor, length: int) -> _Room:
+        """Empty, for `length` tokens and some more, so that growing costs a constant number of copies a token."""
+        _, heads, _, size = like.shape
+        capacity = length + max(32, length // 4)
+        return cls(like.new_empty(rows, heads, capacity, size), like.new_empty(rows, heads, capacity, size), 0)
 
     def free(self, begin: int, end: int) -> bool:
         return self.used == begin and end <= self.keys.shape[-2]
@@ -122,3 +132,11 @@ class _Room:
         self.keys[:, :, begin : self.used] = keys
         self.values[:, :, begin : self.used] = values
         return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def write_rows(self, keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """At the beginning, rows of others."""
+        self.used = keys.shape[-2]
+        chosen = self.keys[:, :, : self.used], self.values[:, :, : self.used]
+        for source, target in zip((keys, values), chosen, strict=True):
+            torch.index_select(source, 0, rows, out=target)
+        return chosen

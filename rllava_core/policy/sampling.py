@@ -198,7 +198,8 @@ class Sampler:
         numbers = [number for request in requests for number in request.numbers]
         points = _points(seed, numbers, max(limits), policy.device)
         answers = iter(_decode(policy, batch, memory, sequences, limits, points))
-        actions = [[_action(policy, *next(answers)) for _ in range(request.count)] for request in requests]
+        texts: dict[tuple[int, ...], str] = {}
+        actions = [[_action(policy, texts, *next(answers)) for _ in range(request.count)] for request in requests]
         return actions, memory
 
 
@@ -318,7 +319,12 @@ def _mixed(logprobs: Tensor, counts: Tensor, epsilon: float) -> Tensor:
     return ((1 - epsilon) * logprobs.exp() + epsilon * allowed / counts[:, None]).log()
 
 
-def _action(policy: Policy, tokens: list[int], logprobs: list[float]) -> ActionSegment:
+def _action(
+    policy: Policy, texts: dict[tuple[int, ...], str], tokens: list[int], logprobs: list[float]
+) -> ActionSegment:
+    """texts: of the answers before, for the members of a group repeat each other."""
     ended = tokens[-1] in policy.adapter.end_of_turn
-    text = policy.adapter.decode(tokens[:-1] if ended else tokens)
-    return ActionSegment(tuple(tokens), np.array(logprobs, dtype=np.float32), text, ended)
+    sampled = tuple(tokens)
+    if sampled not in texts:
+        texts[sampled] = policy.adapter.decode(sampled[:-1] if ended else sampled)
+    return ActionSegment(sampled, np.array(logprobs, dtype=np.float32), texts[sampled], ended)

@@ -39,11 +39,14 @@ class TransformersAdapter:
         not have all of them.
     parts: beginnings of the names of parameters that belong to the vision part or to the connector; the longest that
         fits decides. All others belong to the language model.
+    takes_trees: whether the model takes attention masks of four dimensions, as most do. A family that makes its own of
+        what it is given, or refuses it, says False.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     placeholders: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[Mapping[str, Part]] = {}
+    takes_trees: bool = True
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

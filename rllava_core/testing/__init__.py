@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from rllava_core.testing.algorithms import AlgorithmConformance, check_algorithm
     from rllava_core.testing.conformance import Conformance, ConformanceError
     from rllava_core.testing.datasets import DatasetConformance, check_dataset
-    from rllava_core.testing.engines import EngineConformance, check_rollout_engine, check_train_engine
+    from rllava_core.testing.engines import (
+        EngineConformance,
+        check_answering_engine,
+        check_rollout_engine,
+        check_train_engine,
+    )
     from rllava_core.testing.environments import EnvironmentConformance, check_environment
     from rllava_core.testing.models import ModelAdapterConformance, check_model_adapter
     from rllava_core.testing.rewards import RewardConformance, check_reward
@@ -31,6 +36,7 @@ __all__ = [
     "ModelAdapterConformance",
     "RewardConformance",
     "check_algorithm",
+    "check_answering_engine",
     "check_dataset",
     "check_environment",
     "check_model_adapter",
@@ -44,7 +50,7 @@ _HOMES = {
     "algorithms": ("AlgorithmConformance", "check_algorithm"),
     "conformance": ("Conformance", "ConformanceError"),
     "datasets": ("DatasetConformance", "check_dataset"),
-    "engines": ("EngineConformance", "check_rollout_engine", "check_train_engine"),
+    "engines": ("EngineConformance", "check_answering_engine", "check_rollout_engine", "check_train_engine"),
     "environments": ("EnvironmentConformance", "check_environment"),
     "models": ("ModelAdapterConformance", "check_model_adapter"),
     "rewards": ("RewardConformance", "check_reward"),

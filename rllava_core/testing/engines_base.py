@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rllava_core.algorithms.protocol import Batch, Loss
 from rllava_core.config import TrainingSection
-from rllava_core.engines.protocol import RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
+from rllava_core.engines.protocol import AnswerSetup, RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
 from rllava_core.errors import ModelError
 from rllava_core.mdp.trajectory import Segment, Trajectory
 from rllava_core.policy.media import MediaStore
@@ -50,11 +50,14 @@ class EngineSuite(Conformance):
     kind: ClassVar[Kind] = "engine"
     logprobs: bool = True
     action_values: bool = True
+    own_model: bool = False
     tolerance: float = 1e-4
 
-    def create(self, setup: TrainSetup | RolloutSetup | None = None) -> Any:
+    def create(self, setup: TrainSetup | RolloutSetup | AnswerSetup | None = None) -> Any:
         """A new engine of the component on a setup, or on a tiny policy of its own."""
-        if setup is None:
+        if setup is None and self.role != "train" and self._has_own_model():
+            setup = self.answer_setup()
+        elif setup is None:
             policy = self.policy()
             setup = self.train_setup(policy) if self.role == "train" else self.rollout_setup(policy)
         return self.target()(self.config(), setup)
@@ -77,6 +80,10 @@ class EngineSuite(Conformance):
         """In the precision of the weights."""
         return RolloutSetup(policy, MediaStore(policy.adapter), nullcontext)
 
+    def answer_setup(self) -> AnswerSetup:
+        """For an engine that answers by a model of its own."""
+        return AnswerSetup(temperature=1.0)
+
     def trainer(
         self, policy: Policy | None = None, copies: Mapping[str, Policy] | None = None, **training: Any
     ) -> TrainEngine:
@@ -87,8 +94,10 @@ class EngineSuite(Conformance):
         return engine
 
     def sampler(self, policy: Policy | None = None) -> RolloutEngine:
-        """A rollout engine. Raises SkipTest if the component does not sample."""
+        """A rollout engine. Raises SkipTest if the component does not sample, or not from the policy."""
         self._require_role("rollout")
+        if self._has_own_model():
+            raise SkipTest("the engine answers by a model of its own")
         with _suited():
             engine: RolloutEngine = self.create(self.rollout_setup(policy or self.policy()))
         return engine
@@ -126,6 +135,9 @@ class EngineSuite(Conformance):
 
     def _returns_logprobs(self) -> bool:
         return "logprobs" in self.find().spec.provides if self.component else self.logprobs
+
+    def _has_own_model(self) -> bool:
+        return "own_model" in self.find().spec.provides if self.component else self.own_model
 
     def _acts_by_values(self) -> bool:
         return "action_values" in self.find().spec.provides if self.component else self.action_values

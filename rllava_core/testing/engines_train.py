@@ -46,6 +46,10 @@ class TrainChecks(EngineSuite):
             "weights that training began with",
         )
 
+    def test_it_says_how_batches_are_laid_out(self) -> None:
+        layout = getattr(self.trainer(), "layout", None)
+        require(isinstance(layout, str) and layout, f"layout is {layout!r}; `manifest.json` holds a word for it")
+
     def test_a_step_changes_the_weights_and_reports_what_the_loss_does(self) -> None:
         engine = self.trainer()
         before = weights_of(engine.policy)

@@ -73,8 +73,25 @@ class ForwardChecks(ModelSuite):
 
     @torch.no_grad()
     def test_continuations_in_one_row_do_not_see_each_other(self) -> None:
-        """Two answers to a prompt, one of which goes on with an image, under a mask that is added to the scores."""
+        """Two answers to a prompt, one of which goes on with an image, under a mask that is added to the scores.
+
+        A family that says it takes no trees is never given such a mask, by no other check either.
+        """
         adapter, model = self.loaded()
+        says = getattr(adapter, "takes_trees", None)
+        require(isinstance(says, bool), f"takes_trees is {says!r}; say True or False")
+        if not says:
+            raise SkipTest("the family says that it takes no trees")
+        try:
+            self._require_trees(adapter, model)
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
+            require(
+                False,
+                f"a mask of four dimensions raised {type(error).__name__}: {error}; if the family takes none, set "
+                "`takes_trees = False`",
+            )
+
+    def _require_trees(self, adapter: ModelAdapter, model: PreTrainedModel) -> None:
         prompt = self.piece(adapter, "Is it ", self.picture(0), "?")
         ways = [Piece(adapter.encode("no")), Piece(adapter.encode("yes, see")) + self._later(adapter)[0]]
         cache = DynamicCache(config=model.config)

@@ -224,6 +224,17 @@ class InputChecks(ModelSuite):
             later = adapter.positions(piece.tokens, piece.features, 7)
             require(torch.equal(later, found + 7), "positions(…, start=7) are not those of start=0 plus 7")
 
+    def test_positions_of_text_count_up_on_all_axes_alike(self) -> None:
+        """Sampling and training place what was sampled themselves."""
+        adapter, _ = self.loaded()
+        for text in self.texts:
+            tokens = (*adapter.encode(text), *adapter.end_of_turn, *adapter.encode(text))
+            found = adapter.positions(tokens, (), 5)
+            require(
+                torch.equal(found, torch.arange(5, 5 + len(tokens)).expand_as(found)),
+                f"positions(…, start=5) of {len(tokens)} tokens of text are not 5, 6, … {4 + len(tokens)} on all axes",
+            )
+
     def test_positions_go_on_from_piece_to_piece(self) -> None:
         """A later turn, and every sampled token, starts at the largest position so far plus one."""
         adapter, _ = self.loaded()

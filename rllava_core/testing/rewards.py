@@ -12,7 +12,7 @@ import numpy as np
 
 from rllava_core.errors import RllavaError
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.rewards import Reward, WeightedReward, score
+from rllava_core.mdp.rewards import Reward, WeightedReward, reported, score
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.specs import Kind
 from rllava_core.testing import samples
@@ -193,6 +193,12 @@ class RewardConformance(Conformance):
         _require_equal(batch, before, self._values(self.create(), batch), "by one object", "by a second one", hint)
         self._values(self.create(), batch[:1])
         _require_equal(batch, before, self._values(one, batch), "first", "after another object was used", hint)
+
+    def test_what_it_reports_are_numbers_by_name(self) -> None:
+        """The optional `report()`."""
+        reward = self.create()
+        self._values(reward, self.trajectories())
+        reported(reward, type(reward).__name__, ConformanceError)
 
     def _score_answer(self, answer: str) -> None:
         batch = self.trajectories()

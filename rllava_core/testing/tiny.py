@@ -65,6 +65,7 @@ class TinyAdapter:
     # END is missing: the policy samples it to end its turn.
     forbidden_tokens: tuple[int, ...] = (START, PAD, IMAGE)
     context_length = 256
+    takes_trees: bool = True
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config

@@ -5,6 +5,7 @@ Environment.reset ─▶ Observation ─▶ ModelAdapter.render ─▶ RolloutEn
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Action, Observation, Transition
 from rllava_core.mdp.pool import EnvironmentPool
+from rllava_core.mdp.rewards import reported
 from rllava_core.mdp.trajectory import ActionSegment, Segment, Trajectory, Truncation, Turn
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.behaviour import Behaviour
@@ -81,7 +83,8 @@ class Episodes:
     ) -> list[Trajectory]:
         """`group_size` episodes from each start, group by group, all stepped together. Greedy if `seed` is None.
 
-        An episode whose environment failed ends with the turn before, or is left out if there was none.
+        An episode whose environment failed ends with the turn before, or is left out if there was none. One whose
+        action is none of the choices that were offered ends with it.
         """
         self.timing = Timing()
         mine = range(self.world.rank, len(starts), self.world.size)
@@ -129,6 +132,11 @@ class Episodes:
             self._renderer.forget()
         return [episode.finish() for episode in episodes if episode.turns]
 
+    def report_of_engine(self) -> dict[str, float]:
+        """What the engine says of itself since it was last asked, if it says anything, as metrics."""
+        found = reported(self._sampler, "the rollout engine", TrainingError)
+        return {f"engine/{key}": value for key, value in found.items()}
+
     def demonstrate(self, starts: Sequence[Start]) -> list[Trajectory]:
         """One episode a start in which the policy gives the example's answer, with log-probs of zero.
 
@@ -159,12 +167,15 @@ class Episodes:
         began = time.perf_counter()
         actions = self._act(episodes, running, seed, behaviour)
         decided = time.perf_counter()
-        transitions = self._environments.step({number: _as_action(action) for number, action in actions.items()})
+        understood = {number: action for number, action in actions.items() if not episodes[number].offered_not(action)}
+        transitions = self._environments.step({number: _as_action(action) for number, action in understood.items()})
         self.timing.policy.append(decided - began)
         self.timing.environment.append(time.perf_counter() - decided)
         for number, action in actions.items():
-            episode, transition = episodes[number], transitions[number]
-            if isinstance(transition, Failure):
+            episode, transition = episodes[number], transitions.get(number)
+            if transition is None:
+                episode.refuse(action)
+            elif isinstance(transition, Failure):
                 self._fail(episode, transition)
             else:
                 episode.take(action, transition)
@@ -186,7 +197,7 @@ class Episodes:
             for number, action in zip(numbers, given, strict=True)
         }
         for number, action in actions.items():
-            if np.isnan(action.logprobs).any() or (action.logprobs == np.inf).any():
+            if not all(logprob < math.inf for logprob in action.logprobs.tolist()):
                 name = episodes[number].start.name
                 raise TrainingError(f"{name}: the policy's log-probs are not finite, so its weights are damaged")
         return {number: actions[number] for number in running}
@@ -286,6 +297,16 @@ class _Episode:
             self.show(transition.observation)
         elif transition.observation is not None:
             self.outcome = transition.observation.images
+
+    def offered_not(self, action: ActionSegment) -> bool:
+        """Whether choices were offered, and the action is none of them: an engine that answers by a model of its own
+        cannot hold it to them. No environment is asked to carry that out, or to guess what was meant."""
+        return self.observation.choices is not None and action.choice is None
+
+    def refuse(self, action: ActionSegment) -> None:
+        """The episode ends with an action that was not carried out, in the state that it was in."""
+        self.turns.append(Turn(self.conversation.context, action, parsed=False))
+        self.truncation = "unparsable"
 
     def step_back(self) -> None:
         """Leave the episode in the state before its last turn."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from rllava_core.errors import ConfigError, DataError, TrainingError
 from rllava_core.mdp.environment import Start
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.rewards import succeeded
+from rllava_core.mdp.rewards import reports, succeeded
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.training.build import Task
@@ -28,6 +28,8 @@ class Evaluation:
     turns_mean: mean number of turns.
     scores: mean of each reward function.
     successes: of each episode, in order.
+    unparsable_share: share of turns whose action the environment could not make sense of.
+    reports: what the reward functions and the engine say of themselves, such as what calls have cost.
     policy_seconds, environment_seconds: what one turn of one episode took, on average.
     """
 
@@ -40,6 +42,8 @@ class Evaluation:
     scores: dict[str, float]
     trajectories: tuple[Trajectory, ...]
     successes: tuple[bool, ...]
+    unparsable_share: float = 0.0
+    reports: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, float]:
         """As `summary.json` holds it."""
@@ -97,6 +101,8 @@ def evaluate(
         },
         trajectories=tuple(trajectories),
         successes=successes,
+        unparsable_share=sum(not turn.parsed for trajectory in trajectories for turn in trajectory.turns) / turns,
+        reports={**reports(task.rewards), **episodes.report_of_engine()},
     )
 
 

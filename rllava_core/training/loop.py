@@ -19,6 +19,7 @@ from rllava_core.config import ResolvedConfig
 from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
 from rllava_core.errors import describe as describe_error
 from rllava_core.mdp.environment import Failure, Start
+from rllava_core.mdp.rewards import reports
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
 from rllava_core.policy.checks import check_recomputed
@@ -27,6 +28,8 @@ from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
+from rllava_core.training.garbage import long_lived_left_alone
+from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
 from rllava_core.training.processes import agree, score_once
@@ -35,7 +38,7 @@ from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
 from rllava_core.training.sight import probe, unseen
-from rllava_core.training.storage import peak_memory_bytes
+from rllava_core.training.storage import give_back_free_memory, peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
 
 _KINDS_SHOWN = 20
@@ -80,7 +83,8 @@ def train(
         # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
         if world.rank == 0:
             directory.begin(resolved.run)
-            directory.write_manifest(registry, training.seed, device_name(parts.policy), world.size)
+            device, layout = device_name(parts.policy), parts.trainer.layout
+            directory.write_manifest(registry, training.seed, device, layout, world.size)
         observer.started(directory.path, training.steps, None if latest is None else progress.step)
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
@@ -137,8 +141,8 @@ class _Run:
         followers = training.trackers if self.writes else ()
         log = MetricsLog(self.directory.metrics, progress.step if self.resumed else -1) if self.writes else None
         trackers = Trackers(followers, self.directory.path, self.config.model_dump(mode="json"))
-        began = time.perf_counter() - progress.wall_seconds
-        with closing(trackers), _Interrupt(self.observer) as interrupt:
+        began, first = time.perf_counter() - progress.wall_seconds, progress.step + 1
+        with closing(trackers), _Interrupt(self.observer) as interrupt, long_lived_left_alone() as settle:
             if not self.resumed:
                 metrics = self._evaluate(0)
                 if log is not None:
@@ -158,6 +162,8 @@ class _Run:
                 self.lifecycle.step_end(progress.step, metrics)
                 if _due(training.save_every, progress.step, training.steps):
                     self._save()
+                if progress.step == first:
+                    settle()
             if self.saved_step < progress.step:
                 self._save()
 
@@ -235,6 +241,7 @@ class _Run:
         if self.writes and self.training.sample_every and step % self.training.sample_every == 0:
             write_sample(self.directory.trajectories, step + 1, trajectories)
         metrics = {**describe(trajectories, self.parts.task), **mean(updates), **algorithm.report()}
+        metrics |= {**reports(self.parts.task.rewards), **self.episodes.report_of_engine()}
         failures = sum(self.progress.failures.values()) - failed_before
         return {**metrics, "rollout/environment_failures": float(failures), **clock.laps}
 
@@ -243,17 +250,21 @@ class _Run:
 
         fresh: the actions, by identity, that the policy as it is now has sampled; others cannot be compared.
         """
-        comparable = [_all_in(trajectory, fresh) for trajectory in batch.trajectories]
+        comparable = {id(trajectory) for trajectory in batch.trajectories if _all_in(trajectory, fresh)}
+        count = sum(id(trajectory) in comparable for trajectory in batch.trajectories)
 
         def checked(micro: Batch, output: PolicyOutput) -> Loss:
-            own = [trajectory for trajectory in micro.trajectories if _all_in(trajectory, fresh)]
+            own = [trajectory for trajectory in micro.trajectories if id(trajectory) in comparable]
             if not own:
                 return loss(micro, output)
-            mask = torch.tensor([_all_in(item, fresh) for item in micro.trajectories for _ in range(item.decisions)])
+            mask = torch.tensor([id(item) in comparable for item in micro.trajectories])
+            mask = mask.repeat_interleave(torch.tensor([item.decisions for item in micro.trajectories]))
             logprobs = output.logprobs[mask.to(output.logprobs.device)]
-            gap = check_recomputed(own, logprobs, self.training.max_logprob_gap) * len(own) / sum(comparable)
+            limits = self.training.max_logprob_gap, self.training.max_token_gap
+            gaps = check_recomputed(own, logprobs, self.parts.adapter, *limits)
+            gap = torch.tensor(gaps.mean * len(own) / count)
             result = loss(micro, output)
-            return Loss(result.total, {**result.metrics, "policy/logprob_gap": torch.tensor(gap)})
+            return Loss(result.total, {**result.metrics, "policy/logprob_gap": gap})
 
         return checked
 
@@ -275,6 +286,7 @@ class _Run:
     def _evaluate(self, step: int) -> dict[str, float]:
         clock = Clock()
         training = self.training
+        give_back_free_memory()
         with self._during(f"evaluation at step {step}"):
             result = evaluate(
                 self.parts.task,
@@ -292,10 +304,16 @@ class _Run:
             evaluations["best"] = {**summary, "step": step}
         self.observer.evaluated(step, result)
         clock.lap("eval")
+        parity = {}
+        # By values, or from demonstrations, nobody acts as the policy says.
+        if self.parts.algorithm.behaviour().action_values is None and self.parts.algorithm.experience == "rollouts":
+            with self._during(f"evaluation at step {step}"):
+                parity = gate(self.parts.trainer, self.parts.adapter, result.trajectories, training)
+        clock.lap("parity")
         sight = self._look(step, result.trajectories)
         clock.lap("image_probe")
-        scores = {f"eval/{name}": value for name, value in result.scores.items()}
-        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **sight, **clock.laps}
+        scores = {f"eval/{name}": value for name, value in {**result.scores, **result.reports}.items()}
+        return {**{f"eval/{name}": value for name, value in summary.items()}, **scores, **parity, **sight, **clock.laps}
 
     def _look(self, step: int, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Whether images have an influence, unless nobody wants to know."""
@@ -312,6 +330,7 @@ class _Run:
 
     def _save(self) -> None:
         directory = self.directory.checkpoints
+        give_back_free_memory()
         checkpoint.save(directory, self.parts, self.progress)
         self.saved_step = self.progress.step
         if not self.writes:

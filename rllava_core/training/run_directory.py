@@ -102,8 +102,9 @@ class RunDirectory:
                 "the run was made with; remove it to go on with those installed"
             ) from error
 
-    def write_manifest(self, registry: Registry, seed: int, device: str, processes: int = 1) -> None:
-        """Versions of everything that computes, the seed, the device, how many processes, and the state of the code."""
+    def write_manifest(self, registry: Registry, seed: int, device: str, layout: str, processes: int = 1) -> None:
+        """Versions of everything that computes, the seed, the device, how batches are laid out, how many processes
+        there are, and the state of the code."""
         manifest = {
             "core": version("rllava-core"),
             "hook_api": HOOK_API,
@@ -112,6 +113,7 @@ class RunDirectory:
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
             "seed": seed,
             "device": device,
+            "layout": layout,
             "processes": processes,
             "git": _git_state(),
         }

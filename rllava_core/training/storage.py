@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,12 +131,19 @@ def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+def give_back_free_memory() -> None:
+    """Return to the system what the C library (glibc) has kept of freed memory, which may be as much as a step's
+    activations: to be called where something else is about to need memory in other sizes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def peak_memory_bytes() -> int:
     """The process's largest resident size so far; on a CUDA device the largest allocation there."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource
-    import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

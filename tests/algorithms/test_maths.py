@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from rllava_core.algorithms.maths import aggregation_weights, clipped, group_mean, group_std, kl_estimate
+from rllava_core.algorithms.maths import (
+    aggregation_weights,
+    clipped,
+    counted,
+    group_mean,
+    group_std,
+    kl_estimate,
+    sums,
+    truncated_importance,
+)
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 VALUES = [1.0, 0.0, 0.5, -3.0, 2.5, 2.5, 0.1, 7.0]
@@ -98,3 +107,28 @@ def test_the_surrogate_is_clipped_where_the_step_would_go_too_far(ratio: float, 
     too_far = (advantage > 0 and ratio > 1.28) or (advantage < 0 and ratio < 0.8)
     assert value.grad is not None
     assert value.grad.item() == pytest.approx(0.0 if too_far else advantage)
+
+
+@pytest.mark.parametrize("cap", [1.0, 1.5, 100.0])
+def test_importance_is_a_ratio_of_probabilities_with_a_cap(cap: float) -> None:
+    trained = [[-1.0, -2.0], [-0.5], [-3.0, -0.1, -2.0]]
+    sampled = [[-1.2, -1.5], [-2.5], [-2.0, -0.4, -2.0]]
+    flat = [torch.tensor([value for row in rows for value in row], dtype=torch.float64) for rows in (trained, sampled)]
+    decisions = torch.tensor([2, 1, 3])
+
+    tokens, sequences = [], []
+    for own, others in zip(trained, sampled, strict=True):
+        ratios = [math.exp(one) / math.exp(other) for one, other in zip(own, others, strict=True)]
+        tokens += [min(ratio, cap) for ratio in ratios]
+        sequences += [min(math.prod(ratios), cap)] * len(ratios)
+
+    assert truncated_importance(*flat, decisions, "token", cap).tolist() == pytest.approx(tokens)
+    assert truncated_importance(*flat, decisions, "sequence", cap).tolist() == pytest.approx(sequences)
+
+
+def test_consecutive_stretches_are_summed_and_counted_each_for_itself() -> None:
+    lengths = torch.tensor([3, 1, 2])
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
+    assert sums(values, lengths).tolist() == [7.0, 8.0, 48.0]
+    assert sums(lengths, torch.tensor([2, 1])).tolist() == [4, 2]
+    assert counted(lengths).tolist() == [0, 1, 2, 0, 0, 1]

@@ -400,3 +400,36 @@ def test_a_loss_of_another_shape_is_refused_and_not_broadcast(trajectories: list
         TrainingError, match=r"token_loss\(\) returned shape \(\) for \d+ decisions: expected one number"
     ):
         algorithm.loss(batch, make.output(trajectories))
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_importance_weighs_what_another_policy_than_the_trained_one_has_sampled(
+    make: Any, trajectories: list[Trajectory], per: str
+) -> None:
+    trained = make.output(trajectories, seed=3)
+
+    class Trained:
+        def evaluate(self, asked: Any, copy: str | None = None) -> PolicyOutput:
+            assert copy is None
+            assert tuple(asked) == tuple(trajectories)
+            return trained
+
+        def update_copy(self, copy: str, rate: float = 1.0) -> None: ...
+
+    algorithm = reinforce(importance=per, importance_cap=1.2)
+    batch = only(algorithm.prepare(trajectories, Trained()))
+
+    place, weights = 0, []
+    for trajectory in trajectories:
+        own = trained.logprobs[place : place + trajectory.decisions].tolist()
+        place += trajectory.decisions
+        ratios = [math.exp(new - old) for new, old in zip(own, trajectory.behaviour_logprobs.tolist(), strict=True)]
+        weights += [min(r, 1.2) for r in ratios] if per == "token" else [min(math.prod(ratios), 1.2)] * len(own)
+    returns = per_decision(trajectories, lambda trajectory: trajectory.episode_return)
+    assert batch.old_logprobs.tolist() == pytest.approx(trained.logprobs.tolist())
+    assert batch.advantages.tolist() == pytest.approx([w * r for w, r in zip(weights, returns, strict=True)], rel=1e-5)
+    metrics = algorithm.loss(batch, trained).metrics
+    assert float(metrics["policy/importance"]) == pytest.approx(sum(weights) / len(weights), rel=1e-5)
+    truncated = sum(weight >= 1.2 for weight in weights) / len(weights)
+    assert 0 < truncated < 1
+    assert float(metrics["policy/importance_truncated"]) == pytest.approx(truncated)

@@ -52,6 +52,31 @@ def alone(policy: Policy, engine: LocalTrainEngine, trajectories: list[Trajector
     )
 
 
+@pytest.mark.parametrize(
+    ("trees", "options", "layout"),
+    [
+        (True, {}, "shared"),
+        (True, {"checkpoint_activations": True}, "packed"),
+        (True, {"prefix_sharing": False}, "unshared"),
+        (False, {}, "rows"),
+        (False, {"checkpoint_activations": True}, "unshared"),
+        (False, {"prefix_sharing": False}, "unshared"),
+    ],
+)
+def test_batches_are_laid_out_as_the_model_can_read_them(
+    bench: Any, trees: bool, options: dict[str, bool], layout: str
+) -> None:
+    policy = bench.policy()
+    policy.adapter.takes_trees = trees
+
+    engine = bench.engine(policy, config=LocalTrainConfig(device="cpu", **options))
+
+    assert engine.layout == layout
+    batch = engine._pack(bench.trajectories())
+    assert batch.packed == (layout in ("packed", "unshared"))
+    assert trees or batch.tree_sees is None
+
+
 @pytest.mark.parametrize("aggregation", ["sequence", "token", "constant"])
 def test_gradients_and_metrics_do_not_depend_on_the_micro_batches(bench: Any, aggregation: str) -> None:
     length = 9 if aggregation == "constant" else None

@@ -11,7 +11,7 @@ import pytest
 
 from rllava_core.errors import RewardError
 from rllava_core.mdp.examples import Example
-from rllava_core.mdp.rewards import WeightedReward, score, succeeded
+from rllava_core.mdp.rewards import WeightedReward, reports, score, succeeded
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, conversation
 
 
@@ -156,3 +156,33 @@ def test_else_success_is_a_positive_return() -> None:
     assert succeeded(episode(rewards=(-1.0, 2.0)), None)
     assert not succeeded(episode(rewards=(0.0,)), None)
     assert not succeeded(episode(rewards=(1.0, -2.0)), None)
+
+
+class Counting:
+    """A reward that says what it has cost."""
+
+    def __init__(self, **said: Any) -> None:
+        self.said = said
+
+    def __call__(self, trajectories: Sequence[Trajectory], /) -> list[float]:
+        return [0.0] * len(trajectories)
+
+    def report(self) -> Mapping[str, Any]:
+        return self.said
+
+
+def test_a_reward_may_say_more_of_itself() -> None:
+    rewards = [reward(Counting(calls=2, cost=np.float32(0.5)), name="judge"), reward(length), reward(Counting())]
+    assert reports(rewards) == {"reward/judge/calls": 2.0, "reward/judge/cost": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"cost": float("nan")}, r"^reward 'mine': report\(\) says that cost is nan; it must be finite$"),
+        ({"cost": "much"}, r"^reward 'mine': report\(\) raised ValueError: .*; it must return numbers by name$"),
+    ],
+)
+def test_what_it_says_must_be_numbers(said: dict[str, Any], message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        reports([reward(Counting(**said))])

@@ -56,6 +56,7 @@ class PreciseTinyAdapter(TinyAdapter):
         return {name: values.to(self.precision) for name, values in super().collate(features).items()}
 
     def hidden_states(self, model: Any, *, tokens: Tensor, media: Mapping[str, Tensor], **inputs: Any) -> Tensor:
+        assert self.takes_trees or inputs["attention_mask"].ndim == 2
         self.runs.append((tuple(tokens.shape), len(media["patches"]) if media else 0))
         return super().hidden_states(model, tokens=tokens, media=media, **inputs)
 

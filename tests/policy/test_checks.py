@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -179,7 +180,15 @@ def test_recomputed_logprobs_that_agree_give_their_mean_gap(toy: Any) -> None:
     ]
     recomputed = torch.tensor([-1.1, -2.0, -0.5, -0.1, -3.5], requires_grad=True)
 
-    assert check_recomputed(trajectories, recomputed, limit=0.21) == pytest.approx((0.1 + 0.4 + 0.5) / 5, abs=1e-6)
+    gaps = check_recomputed(trajectories, recomputed, toy.policy().adapter, limit=0.21)
+
+    assert gaps.mean == pytest.approx((0.1 + 0.4 + 0.5) / 5, abs=1e-6)
+    assert gaps.largest == pytest.approx(0.5, abs=1e-6)
+    assert gaps.ratio == pytest.approx((math.exp(0.1) + 2 + math.exp(0.4) + math.exp(0.5)) / 5, abs=1e-6)
+    with pytest.raises(
+        InvariantError, match=r"differ by up to 0\.5 nats \(training\.max_token_gap is 0\.45\); worst on"
+    ):
+        check_recomputed(trajectories, recomputed, toy.policy().adapter, 0.21, 0.45)
 
 
 # Decisions of three trajectories: 0 and 1, 2 to 4, 5 and 6.
@@ -196,8 +205,10 @@ def test_recomputed_logprobs_that_differ_name_the_worst_trajectory(
     recomputed = torch.full((7,), -1.2)
     recomputed[worst] += gap
 
-    with pytest.raises(InvariantError, match=rf"worst on {culprit}: -1\.0000 sampled, {recomputed[worst]:.4f}"):
-        check_recomputed(trajectories, recomputed, limit=0.5)
+    place = worst - {"a": 0, "b": 2, "c": 5}[culprit] + 1
+    expected = rf"worst on {culprit}, token {place} '.*': -1\.0000 sampled, {recomputed[worst]:.4f} recomputed; "
+    with pytest.raises(InvariantError, match=expected):
+        check_recomputed(trajectories, recomputed, toy.policy().adapter, limit=0.5)
 
 
 @pytest.mark.parametrize("broken", [[1], [0, 1]])
@@ -205,4 +216,6 @@ def test_recomputed_logprobs_that_are_not_numbers_are_refused(toy: Any, broken: 
     recomputed = torch.full((2,), -1.0)
     recomputed[broken] = torch.nan
     with pytest.raises(InvariantError, match="worst on train"):
-        check_recomputed([toy.episode(QUESTION, action(), name="train.jsonl:12")], recomputed, limit=0.5)
+        check_recomputed(
+            [toy.episode(QUESTION, action(), name="train.jsonl:12")], recomputed, toy.policy().adapter, 0.5
+        )

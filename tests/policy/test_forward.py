@@ -52,12 +52,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("trees", [True, False], ids=["trees", "rows"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_a_batch_equals_its_trajectories_one_by_one(
-    toy: Any, situation: list[Trajectory], temperature: float, layout: dict[str, bool]
+    toy: Any, situation: list[Trajectory], temperature: float, layout: dict[str, bool], trees: bool
 ) -> None:
+    """Also for a model that takes no trees, which is never given a mask of four dimensions."""
     policy = toy.policy(temperature, heads={"value": Head(2)})
+    policy.adapter.takes_trees = trees
     plain = toy.Plain(policy.model, temperature)
     alone = [plain.decisions(trajectory) for trajectory in situation]
     logprobs = torch.cat([decisions.logprobs for decisions in alone])

@@ -199,6 +199,7 @@ def test_what_fits_a_card(config: Path) -> None:
     as_it_is = planned(config, "--device", "cuda", "--fit", "24GB")
     assert as_it_is["fit"] == {
         "budget_bytes": 24 * 2**30,
+        "host_bytes": None,
         "fits": True,
         "overrides": [],
         "smallest_card_gb": 6,
@@ -213,6 +214,13 @@ def test_what_fits_a_card(config: Path) -> None:
     again = planned(*large, *squeezed["fit"]["overrides"])
     assert again["device_peak_bytes"] == squeezed["device_peak_bytes"]
 
+    # What goes to the host needs room there.
+    narrow = (*large, "--fit", f"{int(0.85 * needed / 2**20)}MB", "--host-memory")
+    least = planned(*large)["host_peak_bytes"]
+    beside = planned(*narrow, f"{least // 2**20 + 64}MB")["fit"]
+    assert not any("on_cpu=true" in override or "offload" in override for override in beside["overrides"])
+    assert not planned(*narrow, "1GB")["fit"]["fits"]
+
     never = planned(config, "--device", "cuda", "--fit", "1MB")
     assert not never["fit"]["fits"]
     assert never["fit"]["smallest_card_gb"] == 6
@@ -225,6 +233,8 @@ def test_what_fits_a_card(config: Path) -> None:
         (["missing.yaml"], "missing.yaml: no such file"),
         (["--model", "Qwen2.5-VL-9B"], "Did you mean Qwen/Qwen2.5-VL-"),
         (["--model", "Qwen2-VL-2B", "--fit", "24XB"], "--fit '24XB': expected a size such as 24GB"),
+        (["--model", "Qwen2-VL-2B", "--host-memory", "64GB"], "--host-memory limits what --fit may choose"),
+        (["CONFIG", "--fit", "8GB", "--host-memory", "64GB"], "the model is on the CPU"),
         (["--model", "Qwen2-VL-2B", "--fit", "0GB"], "expected a size such as 24GB"),
         (["--model", "Qwen2-VL-2B", "--image", "448"], "--image '448': expected width and height"),
         (["--model", "Qwen2-VL-2B", "--turns", "0"], "0 is not in the range"),

@@ -50,6 +50,14 @@ class TrainsACopy(Healthy):
         super().__init__(replace(setup, policy=copy.deepcopy(setup.policy)))
 
 
+class LayoutUntold(Healthy):
+    layout: Any = None
+
+    def __init__(self, setup: TrainSetup) -> None:
+        super().__init__(setup)
+        self.layout = None
+
+
 class NeverSteps(Healthy):
     def __init__(self, setup: TrainSetup) -> None:
         super().__init__(setup)
@@ -291,6 +299,7 @@ class HalfPrecisionWhileSampling(Healthy):
 
 MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     "the_policy_is_the_one_that_was_given_and_is_not_wrapped": [(TrainsACopy, "not the Policy of the setup")],
+    "it_says_how_batches_are_laid_out": [(LayoutUntold, "layout is None")],
     "a_step_changes_the_weights_and_reports_what_the_loss_does": [
         (NeverSteps, "as they were"),
         (TensorsAsMetrics, "expected floats by name"),

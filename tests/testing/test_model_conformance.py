@@ -51,6 +51,25 @@ class OtherStatesWithoutACache(Healthy):
         return hidden if cache is not None else hidden + 0.01
 
 
+class NoTrees(Healthy):
+    """Refuses masks of four dimensions, and says so."""
+
+    takes_trees = False
+
+    def hidden_states(self, model: Any, *, attention_mask: Tensor, **inputs: Any) -> Any:
+        if attention_mask.ndim == 4:
+            raise ValueError("a mask of four dimensions")
+        return super().hidden_states(model, attention_mask=attention_mask, **inputs)
+
+
+class TreesRefused(NoTrees):
+    takes_trees = True
+
+
+class SaysNothingOfTrees(Healthy):
+    takes_trees: Any = None
+
+
 class LastStateMissing(Healthy):
     def hidden_states(self, model: Any, **inputs: Any) -> Any:
         return super().hidden_states(model, **inputs)[:, :-1]
@@ -290,6 +309,8 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     "continuations_in_one_row_do_not_see_each_other": [
         (ContinuationsMixed, "that must not see each other"),
         (OtherStatesWithoutACache, "in one row, without a cache"),
+        (TreesRefused, "`takes_trees = False`"),
+        (SaysNothingOfTrees, "takes_trees is None"),
     ],
     "padding_on_the_right_changes_nothing": [(PaddingAttended, "padding changes the hidden states")],
     "a_batch_equals_its_sequences_one_by_one": [(ImagesSortedBySize, "of a batch of mixed images differs")],
@@ -364,7 +385,7 @@ def test_a_mutant_is_caught(check: str, mutant: type[Healthy], message: str) -> 
         getattr(Suite(mutant), f"test_{check}")()
 
 
-@pytest.mark.parametrize("made", [Healthy, TinyAdapter, WithItsOwn])
+@pytest.mark.parametrize("made", [Healthy, TinyAdapter, WithItsOwn, NoTrees])
 def test_a_healthy_adapter_passes(made: type[TinyAdapter]) -> None:
     check_model_adapter(lambda: made(ModelConfig(from_scratch="tiny")))
 

@@ -237,6 +237,20 @@ class PositionsBeginAtOne(Healthy):
         return torch.arange(start, start + len(tokens))[None] + 1
 
 
+class OneAxisAhead(Healthy):
+    def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> Any:
+        steps = 2 * torch.arange(len(tokens))
+        return torch.stack([start + steps, start + steps, start + steps + 1])
+
+
+class TurnsApart(Healthy):
+    """Leaves a gap behind every turn."""
+
+    def positions(self, tokens: Sequence[int], features: Sequence[Features], start: int) -> Any:
+        gaps = (torch.tensor(tokens) == END).long().cumsum(0)
+        return super().positions(tokens, features, start) + gaps
+
+
 class ImagesFarAway(Healthy):
     """Text goes on from the number of tokens, not from the largest position."""
 
@@ -295,6 +309,10 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (FlatPositions, "expected integers of"),
         (StartIgnored, "start=7"),
         (PositionsBeginAtOne, "begin at 1"),
+    ],
+    "positions_of_text_count_up_on_all_axes_alike": [
+        (OneAxisAhead, "on all axes"),
+        (TurnsApart, "on all axes"),
     ],
     "positions_go_on_from_piece_to_piece": [(ImagesFarAway, "not those of the whole")],
 }

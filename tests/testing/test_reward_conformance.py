@@ -222,6 +222,21 @@ class RemembersInTheClass(Healthy):
         return [value / self.best["first"] for value in values]
 
 
+class ReportsWords(Healthy):
+    def report(self) -> Any:
+        return {"cost": "nothing"}
+
+
+class ReportsInfinity(Healthy):
+    def report(self) -> Any:
+        return {"cost": float("inf")}
+
+
+class ReportsAList(Healthy):
+    def report(self) -> Any:
+        return [1.0, 2.0]
+
+
 MUTANTS: dict[str, list[tuple[Any, str]]] = {
     "it_can_be_constructed_and_called": [(HasNoCall, "cannot be called"), (NeedsAnArgument, "'path'")],
     "every_trajectory_gets_one_finite_number": [
@@ -261,6 +276,11 @@ MUTANTS: dict[str, list[tuple[Any, str]]] = {
     "two_objects_share_no_state": [
         (CountsObjects, "by a second one; keep state in the object"),
         (RemembersInTheClass, "after another object was used"),
+    ],
+    "what_it_reports_are_numbers_by_name": [
+        (ReportsWords, r"report() raised ValueError"),
+        (ReportsInfinity, "report() says that cost is inf; it must be finite"),
+        (ReportsAList, "it must return numbers by name"),
     ],
 }
 

@@ -16,6 +16,7 @@ from rllava_core.mdp.examples import Example
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Action, Message, Observation, Transition
 from rllava_core.mdp.pool import LocalEnvironments
+from rllava_core.mdp.trajectory import ActionSegment
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.training.build import Parts, Task
 from rllava_core.training.episodes import Episodes
@@ -224,3 +225,44 @@ def test_the_level_of_chance_is_drawn_whatever_was_trained(build_toy: Build) -> 
 def test_free_text_is_not_drawn_at_random(build_toy: Build) -> None:
     with pytest.raises(ConfigError, match=r"free text, and there is no acting at random"):
         run(build_toy("task.choices="), at_random=True)
+
+
+def test_what_rewards_and_the_engine_say_of_themselves_is_reported(build_toy: Build) -> None:
+    parts = build_toy()
+    parts.task.rewards[0].function.report = lambda: {"calls": 6, "cost": 0.5}  # type: ignore[attr-defined]
+    parts.sampler.report = lambda: {"calls": 1}  # type: ignore[attr-defined]
+
+    assert run(parts).reports == {"reward/match/calls": 6.0, "reward/match/cost": 0.5, "engine/calls": 1.0}
+    assert run(build_toy()).reports == {}
+
+
+class Mumbling:
+    """An engine that answers every second request with what is none of the choices."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.forget = engine.forget
+
+    def generate(self, requests: Any, seed: int | None, behaviour: Any = None) -> Any:
+        answers = self._engine.generate(requests, seed, behaviour)
+        said = ActionSegment((), np.zeros(0, np.float32), "hm", ended=False)
+        return [[said] if number % 2 else answer for number, answer in enumerate(answers)]
+
+
+def test_an_answer_that_is_none_of_the_choices_is_not_carried_out_and_is_counted(build_toy: Build) -> None:
+    parts = build_toy()
+    stepped: list[Any] = []
+    environments = parts.task.environments
+    step = environments.step
+    environments.step = lambda actions: stepped.append(actions) or step(actions)  # type: ignore[method-assign]
+    episodes = Episodes(parts.adapter, parts.media, Mumbling(parts.sampler), environments, parts.task.limits)
+    result = run(replace(parts, episodes=episodes))
+
+    ends = [(item.answer, item.truncation, item.terminated) for item in result.trajectories]
+    assert ends[1::2] == [("hm", "unparsable", False)] * 3
+    assert all(truncation is None and terminated for _, truncation, terminated in ends[::2])
+    assert [[turn.parsed for turn in item.turns] for item in result.trajectories] == [[True], [False]] * 3
+    assert result.unparsable_share == 0.5
+    assert [sorted(actions) for actions in stepped] == [[0, 2, 4]]
+    left = result.trajectories[1]
+    assert left.final == left.turns[0].context

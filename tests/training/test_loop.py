@@ -21,6 +21,7 @@ from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.messages import Action, Observation, Transition
 from rllava_core.mdp.trajectory import ActionSegment, ContextSegment, Trajectory, Truncation, Turn
 from rllava_core.policy.behaviour import Behaviour
+from rllava_core.policy.checks import Gaps
 from rllava_core.training import build, loop
 from rllava_core.training.build import Task
 from rllava_core.training.episodes import Episodes, Limits
@@ -99,6 +100,7 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(
 ) -> None:
     rates = iter([0.1, 0.9, 0.3, 0.9])
     monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(rates), 0.0, 1.0, 6, 0.0, 0.0, {}, (), ()))
+    monkeypatch.setattr(loop, "gate", lambda *_: {})
 
     summary = run_toy("training.steps=6", "training.eval_every=2", "training.keep_checkpoints=1")
 
@@ -280,7 +282,7 @@ def test_data_are_checked_before_weights_are_loaded(run_toy: Run, monkeypatch: p
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("score", RewardError("reward 'x' raised")),
+        ("score_once", RewardError("reward 'x' raised")),
         ("learning_rate", TrainingError("the loss became nan")),
         ("check_recomputed", InvariantError("log-probs differ")),
     ],
@@ -512,7 +514,7 @@ def test_only_what_the_policy_has_just_sampled_is_compared_with_it(
     checked: list[int] = []
     check = loop.check_recomputed
 
-    def counting(trajectories: Sequence[Trajectory], *others: Any) -> float:
+    def counting(trajectories: Sequence[Trajectory], *others: Any) -> Gaps:
         checked.append(len(trajectories))
         return check(trajectories, *others)
 
@@ -539,7 +541,7 @@ def test_the_gap_is_a_mean_over_what_was_compared_however_the_batch_is_cut(
         yield from original(self, replay, policy)
 
     monkeypatch.setattr(ToyGradient, "prepare", prepare)
-    monkeypatch.setattr(loop, "check_recomputed", lambda *given: 0.25)
+    monkeypatch.setattr(loop, "check_recomputed", lambda *given: Gaps(0.25, 0.5, 1.3))
     run_toy("training.steps=2", f"training.micro_batch_tokens={tokens}")
 
     assert [line["policy/logprob_gap"] for line in metrics(tmp_path)[1:]] == pytest.approx([0.25, 0.25])
@@ -704,3 +706,19 @@ def test_environments_are_closed_however_a_run_ends(run_toy: Run, unreliable: An
     with pytest.raises(RewardError):
         run_toy("task.rewards=[{name: broken, call: 2}]")
     assert [pool.closed for pool in made] == [1, 1]
+
+
+def test_what_a_reward_says_of_itself_is_a_metric_of_the_step_and_of_the_evaluation(
+    run_toy: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(1, 99))
+    monkeypatch.setattr("rllava_toy.task.Match.report", lambda _: {"calls": next(asked)}, raising=False)
+
+    run_toy("training.steps=2", "training.eval_every=0")
+
+    said = [{name: value for name, value in line.items() if name.endswith("match/calls")} for line in metrics(tmp_path)]
+    assert said == [
+        {"eval/reward/match/calls": 1.0},
+        {"reward/match/calls": 2.0},
+        {"reward/match/calls": 3.0, "eval/reward/match/calls": 4.0},
+    ]

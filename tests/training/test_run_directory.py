@@ -160,12 +160,13 @@ def test_the_manifest_says_what_computed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
 
-    directory.write_manifest(load_plugins(), seed=5, device="cpu")
+    directory.write_manifest(load_plugins(), seed=5, device="cpu", layout="shared")
 
     manifest = json.loads(directory.manifest.read_text(encoding="utf-8"))
     assert manifest["plugins"]["rllava-toy"] == "1.0"
     assert {"core", "torch", "transformers", "accelerate", "python", "hook_api"} <= set(manifest)
     assert (manifest["seed"], manifest["device"], manifest["git"]) == (5, "cpu", None)
+    assert manifest["layout"] == "shared"
 
 
 def test_the_manifest_says_of_which_commit_the_code_is(
@@ -181,7 +182,7 @@ def test_the_manifest_says_of_which_commit_the_code_is(
 
     states: list[Any] = []
     for _ in range(2):
-        directory.write_manifest(load_plugins(), seed=5, device="cpu")
+        directory.write_manifest(load_plugins(), seed=5, device="cpu", layout="shared")
         states.append(json.loads(directory.manifest.read_text(encoding="utf-8"))["git"])
         (code / "new.py").write_text("", encoding="utf-8")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from rllava_core.algorithms.maths import clipped, group_mean, group_std
+from rllava_core.algorithms.maths import clipped, counted, group_mean, group_std
 from rllava_core.algorithms.policy_gradient import PolicyGradient, Rollouts
 from rllava_core.algorithms.protocol import Batch
 from rllava_core.policy.policy import PolicyOutput
@@ -65,6 +64,5 @@ def turn_groups(rollouts: Rollouts) -> Tensor:
     What an action cannot have changed, the rewards before it, is in neither side; a baseline that depends on the number
     of the turn alone leaves the gradient unbiased (Sutton and Barto 2018, section 13.4).
     """
-    number = torch.cat([torch.arange(turns) for turns in rollouts.turns.tolist()])
     group = rollouts.group.repeat_interleave(rollouts.turns)
-    return group * (int(rollouts.turns.max()) + 1) + number
+    return group * (int(rollouts.turns.max()) + 1) + counted(rollouts.turns)

@@ -1,0 +1,1 @@
+"""OpenAI-compatible endpoints for rllava: an engine that evaluates hosted models, and a reward that asks a judge."""
