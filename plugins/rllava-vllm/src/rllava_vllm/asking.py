@@ -16,8 +16,8 @@ from rllava_vllm.prompts import Prompt
 NEVER = -1e30
 """What is added to the logit of a forbidden token: its share is exactly 0, and JSON has no infinity."""
 
-SCORED = 128
-"""Tokens whose log-probs one question may ask for, which is vLLM's limit."""
+SCORED = 127
+"""Tokens whose log-probs one question may ask for: vLLM's limit, less the one that `rllava_vllm.wire` adds."""
 
 FORBIDDEN = 1024
 """Tokens whose logits one question may change, which is vLLM's limit on GPUs."""

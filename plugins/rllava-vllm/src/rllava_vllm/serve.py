@@ -1,6 +1,6 @@
 """A vLLM server that answers for a policy: `python -m rllava_vllm.serve MODEL [options of vllm serve]`.
 
-It is `vllm serve` with the arguments without which its answers would not be the policy's, and with vLLM's development
+It is vLLM's server with the arguments without which its answers would not be the policy's, and with vLLM's development
 mode, whose routes take new weights. They ask for no password: unless `--host` says otherwise, only this machine reaches
 them.
 """
@@ -20,7 +20,7 @@ LONGEST_ON_CPU = 8192
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Becomes `vllm serve`."""
+    """Becomes the server."""
     if not arguments or arguments[0].startswith("-"):
         sys.exit("usage: python -m rllava_vllm.serve MODEL [options of vllm serve]")
     from vllm.platforms import current_platform
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str]) -> None:
     if current_platform.is_cpu() and "--max-num-batched-tokens" not in given:
         exact |= cpu_arguments(LONGEST_ON_CPU)
     host = [] if "--host" in given else ["--host", "127.0.0.1"]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags(exact), *host, *given]
+    # Not `vllm serve`, which in vLLM 0.32 asks for a distribution of that name, and the one for CPUs has another.
+    entry = ["-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command = [sys.executable, *entry, *flags(exact), *host, *given]
     environment = {**ENVIRONMENT, **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     os.execve(sys.executable, command, environment)
 

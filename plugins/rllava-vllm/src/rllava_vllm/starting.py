@@ -53,7 +53,7 @@ class Started:
             time.sleep(0.5)
         became = self.what_became_of_it()
         self.stop()
-        raise TrainingError(f"the vLLM server did not start within {self._limit:.0f} s; {became}")
+        raise TrainingError(f"the vLLM server did not start, for which it had {self._limit:.0f} s: {became}")
 
     def what_became_of_it(self) -> str:
         """For messages: whether it runs, and the end of its log."""
