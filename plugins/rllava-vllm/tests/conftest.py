@@ -37,9 +37,3 @@ def make_policy(qwen: Any) -> Callable[..., Policy]:
         return Policy(adapter, adapter.load(), None, temperature).eval()
 
     return make
-
-
-@pytest.fixture(scope="session")
-def small() -> dict[str, Any]:
-    """Options of a vLLM for small models on a CPU."""
-    return {"cache_gib": 0.25, "max_sequences": 64, "max_length": 2048}

@@ -30,13 +30,13 @@ def test_what_would_not_work_is_refused(options: dict[str, Any], message: str) -
 
 
 def test_a_vllm_on_a_cpu_and_on_a_gpu() -> None:
-    config = VLLMConfig(max_length=500, options={"block-size": 32})
+    config = VLLMConfig(max_length=500, options={"tensor-parallel-size": 2})
     on_cpu = engine_arguments(config, "float32", 2048, trusted=False, on_cpu=True)
     assert on_cpu["kv_cache_memory_bytes"] == 2**30
     assert on_cpu["enforce_eager"] is True
     assert on_cpu["enable_chunked_prefill"] is False
     assert on_cpu["max_model_len"] == 500
-    assert on_cpu["block_size"] == 32
+    assert on_cpu["tensor_parallel_size"] == 2
     on_gpu = engine_arguments(config, "bfloat16", 400, trusted=True, on_cpu=False)
     assert "kv_cache_memory_bytes" not in on_gpu
     assert (on_gpu["enforce_eager"], on_gpu["max_model_len"], on_gpu["trust_remote_code"]) == (False, 400, True)

@@ -23,8 +23,10 @@ from rllava_core.policy.media import MediaStore
 from rllava_core.policy.sampling import Request
 from rllava_core.testing.rollouts import Shown, picture, request
 from rllava_vllm import client as client_module
+from rllava_vllm.asking import Ask, terms_of
 from rllava_vllm.config import VLLMConfig
 from rllava_vllm.engine import VLLMRolloutEngine
+from rllava_vllm.prompts import prompt_of
 from rllava_vllm.server import Server
 
 INFO = {
@@ -263,6 +265,25 @@ def test_a_server_that_takes_no_weights_is_refused(fake: Fake, make_policy: Call
     fake.faults["/server_info?config_format=json"] = [404]
     with pytest.raises(ConfigError, match=r"none that can be given weights .*rllava_vllm\.serve"):
         Server(VLLMConfig(mode="server", url=fake.url, patience=0.1), make_policy())
+
+
+def test_of_several_processes_the_first_gives_the_weights(fake: Fake, make_policy: Callable[..., Any]) -> None:
+    class Second:
+        rank, size = 1, 2
+
+        def gathered(self, own: Any) -> list[Any]:
+            """The first brings the same, but for the name of the run."""
+            return ["first", own] if isinstance(own, str) else [own, own]
+
+    policy = make_policy()
+    host = Server(VLLMConfig(mode="server", url=fake.url, patience=0.1), policy, Second())
+    host.load(iter(policy.model.named_parameters()))
+    assert fake.calls == []
+    fake.version = "first-0"  # which the first process has given it
+    prompt = prompt_of([ContextSegment((1, 2, 3))], policy.adapter, MediaStore(policy.adapter), "x")
+    [[said]] = host.answer([Ask(prompt, seed=1)], terms_of(policy))
+    assert said.tokens == (70,)
+    host.close()
 
 
 def test_a_server_is_started_on_this_machine_only_and_beside_no_other(

@@ -8,9 +8,13 @@ from rllava_vllm.asking import SCORED
 from rllava_vllm.config import VLLMConfig
 from rllava_vllm.receiving import BACKEND
 
+CPU_BLOCK = 32
+"""Tokens of a block of the cache, which prefixes are shared by, on a CPU: the smallest that vLLM's attention takes
+there, whose default of 128 is longer than a prompt about a small image."""
+
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",  # a run tells nobody of itself
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",  # every update warns of tables that are no weights
     # The threads of the trainer are not vLLM's to bind.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
@@ -32,7 +36,8 @@ def exact_arguments() -> dict[str, Any]:
 
 def cpu_arguments(max_length: int) -> dict[str, Any]:
     """On a CPU vLLM's seeded requests cannot be read in chunks (it would rewind a generator that cannot be)."""
-    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_length, 4096)}
+    batched = max(max_length, 4096)
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": batched, "block_size": CPU_BLOCK}
 
 
 def engine_arguments(config: VLLMConfig, dtype: str, longest: int, *, trusted: bool, on_cpu: bool) -> dict[str, Any]:

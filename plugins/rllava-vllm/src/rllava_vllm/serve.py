@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     from vllm.platforms import current_platform
 
     model, given = arguments[0], list(arguments[1:])
-    exact = exact_arguments()
+    exact = {**exact_arguments(), "enable_scale_out": True}  # the route that takes token ids and features
     if current_platform.is_cpu() and "--max-num-batched-tokens" not in given:
         exact |= cpu_arguments(LONGEST_ON_CPU)
     host = [] if "--host" in given else ["--host", "127.0.0.1"]

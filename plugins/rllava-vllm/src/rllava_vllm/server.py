@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from rllava_core.engines.world import Alone, Processes, World, together
 from rllava_core.errors import ConfigError, ModelError
 from rllava_core.policy.policy import Policy
 from rllava_vllm.arguments import exact_arguments
@@ -26,22 +28,21 @@ HOW = "python -m rllava_vllm.serve MODEL --port PORT"
 
 
 class Server:
-    """Questions are asked side by side, so that vLLM answers them in one batch.
+    """Questions are asked side by side, so that vLLM answers them in one batch. Of several processes that train, all
+    ask, and the first gives it the weights.
 
     Raises ConfigError for a server that would not answer as the policy does, TrainingError for one that is not there.
     """
 
-    def __init__(self, config: VLLMConfig, policy: Policy) -> None:
+    def __init__(self, config: VLLMConfig, policy: Policy, world: World | None = None) -> None:
         self._config = config
         self._fields = fields_of(policy.model.config.model_type)
-        self._run = uuid.uuid4().hex[:12]
+        self._world = world or _world()
+        self._run = self._world.gathered(uuid.uuid4().hex[:12])[0]
         self._versions: frozenset[str] = frozenset()
-        self._process: Started | None = start(config, policy) if config.start else None
+        self._process: Started | None = None
         self._client = Client(config.url, config.patience, config.timeout, self._gone)
-        if self._process is not None:
-            self._process.wait(self._client)
-        _check_arguments(self._arguments(), config)
-        self._client.post("/init_weight_transfer_engine", {"init_info": {}})
+        self._by_the_first(lambda: self._begin(policy))
 
     def answer(self, asks: Sequence[Ask], terms: Terms) -> list[list[Said]]:
         pictures = {picture.digest: picture for ask in asks for picture in ask.prompt.pictures}
@@ -50,8 +51,28 @@ class Server:
             return list(pool.map(lambda ask: self._ask(ask, terms, images), asks))
 
     def load(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        post = self._client.post
         version = f"{self._run}-{len(self._versions)}"
+        self._by_the_first(lambda: self._load(weights, version))
+        self._versions |= {version}
+
+    def rest(self) -> None:
+        """Its memory is its own."""
+
+    def close(self) -> None:
+        """End the server, if it was started here."""
+        self._client.close()
+        if self._process is not None:
+            self._process.stop()
+
+    def _begin(self, policy: Policy) -> None:
+        if self._config.start:
+            self._process = start(self._config, policy)
+            self._process.wait()
+        _check_arguments(self._arguments(), self._config)
+        self._client.post("/init_weight_transfer_engine", {"init_info": {}})
+
+    def _load(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
+        post = self._client.post
         post("/pause?mode=wait")  # what is under way is answered from the weights that it began with
         try:
             post("/start_weight_update", repeatable=False)
@@ -64,17 +85,11 @@ class Server:
             post("/reset_encoder_cache")
         except RefusedError as error:
             raise ConfigError(f"the vLLM server does not take the weights: {error}") from None
-        self._versions |= {version}
         post("/resume")
 
-    def rest(self) -> None:
-        """Its memory is its own."""
-
-    def close(self) -> None:
-        """End the server, if it was started here."""
-        self._client.close()
-        if self._process is not None:
-            self._process.stop()
+    def _by_the_first(self, function: Callable[[], None]) -> None:
+        """Done by one process, which the others wait for; what it raises, all raise."""
+        together(self._world, lambda: function() if self._world.rank == 0 else None)
 
     def _ask(self, ask: Ask, terms: Terms, images: Mapping[str, str]) -> list[Said]:
         try:
@@ -95,6 +110,11 @@ class Server:
         if self._process is not None:
             return self._process.what_became_of_it()
         return f"is it running? It is started with: {HOW}; or by this run, with engine.rollout.start=true"
+
+
+def _world() -> World:
+    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return Processes() if distributed else Alone()
 
 
 def _check_arguments(info: Any, config: VLLMConfig) -> None:

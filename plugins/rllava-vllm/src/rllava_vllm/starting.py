@@ -15,7 +15,6 @@ import httpx
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.policy.policy import Policy
 from rllava_vllm.arguments import engine_arguments
-from rllava_vllm.client import Client
 from rllava_vllm.config import VLLMConfig
 from rllava_vllm.serve import flags
 from rllava_vllm.weights import describe_model, dtype_of, trusted
@@ -41,7 +40,7 @@ class Started:
             )
         atexit.register(self.stop)
 
-    def wait(self, client: Client) -> None:
+    def wait(self) -> None:
         """Until it answers. Raises TrainingError if it ends before, or takes longer than it may."""
         deadline = time.monotonic() + self._limit
         while self._process.poll() is None and time.monotonic() < deadline:
