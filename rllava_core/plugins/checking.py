@@ -34,7 +34,7 @@ IMPORT_BUDGET = 0.2
 TORCH = frozenset({"torch", "transformers"})
 
 HEAVY = TORCH | {
-    *("torchvision", "torchaudio", "accelerate", "peft", "datasets", "vllm", "tensorflow", "jax", "triton"),
+    *("torchvision", "torchaudio", "accelerate", "peft", "datasets", "tensorflow", "jax", "triton"),
     *("numpy", "scipy", "pandas", "sklearn", "matplotlib", "PIL", "cv2", "skimage", "numba", "sympy"),
     *("gymnasium", "requests", "httpx", "httpx2", "aiohttp", "wandb"),
 }

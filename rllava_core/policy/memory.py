@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
@@ -41,6 +44,16 @@ def selected(cache: DynamicCache, rows: Tensor, count: int) -> DynamicCache:
     if not torch.equal(rows, torch.arange(count, device=rows.device)):
         chosen.batch_select_indices(rows)
     return chosen
+
+
+def cache_argument(module: nn.Module) -> str:
+    """The name by which a model takes keys and values: `cache` from transformers 5.24 on."""
+    return "cache" if "cache" in _arguments(type(module).forward) else "past_key_values"
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def growing_cache(config: PreTrainedConfig) -> DynamicCache:

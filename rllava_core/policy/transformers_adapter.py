@@ -4,7 +4,7 @@ A family is a subclass that says what is its own: which model types it loads, wh
 positions it has. See `rllava_core.policy.adapter.ModelAdapter` for what each method promises.
 
 Only transformers' public interfaces are used: `from_pretrained`, `apply_chat_template`, the image processor, explicit
-`position_ids`, an attention mask and `past_key_values`.
+`position_ids`, an attention mask and a cache.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message, Observation, TextPart
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.memory import cache_argument
 
 RENDERED = 4096
 """Rendered messages that are remembered."""
@@ -184,8 +185,8 @@ class TransformersAdapter:
             input_ids=tokens,
             attention_mask=attention_mask,
             position_ids=positions if len(positions) > 1 else positions[0],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{cache_argument(model.model): cache},
             **media,
         )
         hidden: Tensor = output.last_hidden_state

@@ -23,6 +23,7 @@ from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import ImagePart, Message
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.memory import cache_argument
 
 START, END, PAD, IMAGE = 256, 257, 258, 259
 """The special tokens, behind the 256 bytes: beginning and end of a turn, padding, the place of an image's square."""
@@ -158,8 +159,8 @@ class TinyAdapter:
             media.get("patches"),
             attention_mask=attention_mask,
             position_ids=positions[0],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{cache_argument(model.backbone): cache},
         )
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:

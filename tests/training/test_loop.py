@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from rllava_core.algorithms.protocol import PolicyAccess
@@ -315,19 +316,25 @@ def test_a_run_that_fails_at_once_says_that_nothing_was_saved(run_toy: Run) -> N
         run_toy("task.rewards=[{name: broken, call: 2}]")
 
 
-def test_a_policy_that_is_not_the_one_that_sampled_is_noticed(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", ["evaluation at step 0", "step 1"])
+def test_a_policy_that_is_not_the_one_that_sampled_is_noticed(
+    run_toy: Run, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """By the gate before the first update, or by the first step: whichever sees other positions than the sampler."""
     from rllava_core.testing.tiny import TinyAdapter
 
-    original, calls = TinyAdapter.positions, []
+    original = TinyAdapter.positions
 
     def shifted(self: TinyAdapter, tokens: Any, features: Any, start: int) -> Any:
-        calls.append(1)
         positions = original(self, tokens, features, start)
-        return positions * 3 if len(calls) > 24 else positions
+        training = torch.is_grad_enabled() if first == "step 1" else not torch.is_inference_mode_enabled()
+        return positions * 3 if training and not torch.is_inference_mode_enabled() else positions
 
     monkeypatch.setattr(TinyAdapter, "positions", shifted)
-    with pytest.raises(InvariantError, match=r"^step \d+: log-probs while sampling and recomputed differ by"):
-        run_toy("task.choices=", "training.max_logprob_gap=1.0e-3")
+    with pytest.raises(
+        InvariantError, match=rf"^{first}: log-probs while sampling and recomputed differ by .* worst on"
+    ):
+        run_toy("task.choices=", "training.max_logprob_gap=1.0e-3", "training.unseen_images=ignore")
 
 
 def test_ctrl_c_ends_the_run_after_the_step_and_is_ours_no_longer_afterwards(

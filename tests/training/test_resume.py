@@ -95,7 +95,7 @@ MOMENTS = {
     "with the checkpoint in place, not pruned": at(f"{CHECKPOINT}:prune", 2),
     "while an old checkpoint is removed": at(f"{CHECKPOINT}:shutil.rmtree", 5),
     "between steps": at("rllava_core.cli.display:Display.stepped", 5),
-    "in the middle of a step": at("score", 6),
+    "in the middle of a step": at("score_once", 6),
     "while a trajectory sample is written": at("write_sample", 1, after=True),
     "after the last checkpoint": at("RunDirectory.write_summary", 1),
 }
@@ -124,7 +124,7 @@ def test_a_run_killed_again_and_again_goes_on_exactly(
     uninterrupted = whole(toy_config, kind)
     command = ["train", str(toy_config), *KINDS[kind], "--run-dir", str(tmp_path / "run"), "--resume"]
 
-    first = rllava_process(*command, signals=[at("score", 5)])
+    first = rllava_process(*command, signals=[at("score_once", 5)])
     second = rllava_process(*command, signals=[at(f"{STORAGE}:save_file", 1)])
     third = rllava_process(*command)
 
@@ -156,7 +156,7 @@ def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(
     run = tmp_path / "a run"
     command = ["train", str(toy_config), *KINDS[kind], "--run-dir", str(run)]
 
-    stopped = rllava_process(*command, signals=[at("score", 3, name="SIGINT")])
+    stopped = rllava_process(*command, signals=[at("score_once", 3, name="SIGINT")])
 
     assert stopped.code == 130
     assert "Stopping after this step, which will be saved" in stopped.stdout
@@ -180,7 +180,9 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing_that_was_saved(
     run = tmp_path / "run"
     command = ["train", str(toy_config), "--run-dir", str(run)]
 
-    stopped = rllava_process(*command, signals=[at("score", 4, name="SIGINT"), at("learning_rate", 4, name="SIGINT")])
+    stopped = rllava_process(
+        *command, signals=[at("score_once", 4, name="SIGINT"), at("learning_rate", 4, name="SIGINT")]
+    )
 
     assert stopped.code == 130
     assert "interrupted" in stopped.stderr
@@ -199,7 +201,7 @@ def test_ctrl_c_during_the_first_evaluation_stops_before_any_step(
     run = tmp_path / "run"
     command = ["train", str(toy_config), "--run-dir", str(run)]
 
-    stopped = rllava_process(*command, signals=[at("rllava_core.training.evaluation:score", 1, name="SIGINT")])
+    stopped = rllava_process(*command, signals=[at("rllava_core.training.evaluation:score_once", 1, name="SIGINT")])
 
     assert stopped.code == 130
     assert [line["step"] for line in metrics(run)] == [0]
