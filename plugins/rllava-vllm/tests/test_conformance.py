@@ -76,7 +76,7 @@ class OnQwen(EngineConformance):
         limits = TrainingSection(steps=1)
         with torch.no_grad():
             for parameter in policy.model.parameters():
-                parameter.mul_(1.02)
+                parameter.mul_(1.2)
         after = self._trajectories(engine, requests)
         for one, two in zip(before, after, strict=True):
             np.testing.assert_allclose(one.behaviour_logprobs, two.behaviour_logprobs, atol=1e-5)
