@@ -13,6 +13,9 @@ import sys
 import threading
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+
+import psutil
 
 from rllava_core.errors import ConfigError, RllavaError, TrainingError
 
@@ -61,9 +64,10 @@ def launch(count: int, arguments: Sequence[str], *, cpu: bool) -> None:
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             failures.append(error)
 
-    # In a thread, where the launcher leaves signals alone: at Ctrl-C it would end processes that save their work.
+    # In a thread, where the launcher leaves signals alone: at Ctrl-C it would end processes that save their work. They
+    # have sessions of their own, so that a terminal does not tell them.
     worker = threading.Thread(target=run)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, lambda *_: _interrupt(psutil.Process().children()))
     try:
         worker.start()
         worker.join()
@@ -77,6 +81,12 @@ def launch(count: int, arguments: Sequence[str], *, cpu: bool) -> None:
     how = f"by signal {-failure.exitcode}" if failure.exitcode < 0 else f"with exit code {failure.exitcode}"
     kind: type[RllavaError] = ConfigError if failure.exitcode == ConfigError.exit_code else TrainingError
     raise kind(f"process {number} of {count} ended {how}, and the others with it; its own message stands above, if any")
+
+
+def _interrupt(children: Sequence[psutil.Process]) -> None:
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGINT)
 
 
 def _cores() -> int:

@@ -34,6 +34,9 @@ PREDICTED = "GPU figures are predictions, not yet measured on a GPU; those of ho
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="Tokens of a turn's text; default: 64.")
 @click.option("--answer-tokens", type=click.IntRange(min=2), help="Tokens of an answer; default: task.max_new_tokens.")
 @click.option("--turns", type=click.IntRange(min=1), default=1, show_default=True, help="Turns of an episode.")
+@click.option(
+    "--processes", type=click.IntRange(min=1), default=1, show_default=True, help="That share a step; one is planned."
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where the model will be; default: as the engine.")
 @click.option("--tflops", type=float, default=165.0, show_default=True, help="The card's, dense bfloat16.")
 @click.option("--bandwidth", type=float, default=1000.0, show_default=True, help="Of the card's memory, in GB/s.")
@@ -140,6 +143,7 @@ def _request(
 
         assert component is not None
         request = request_of_model(component, path, sizes)
+    request = replace(request, processes=options["processes"])
     return request if options["device"] is None else replace(request, device=options["device"])
 
 
@@ -155,6 +159,7 @@ def _as_json(plan: Plan, fit: Fit | None) -> dict[str, Any]:
         "prompt_tokens": plan.prompt_tokens,
         "image_tokens": plan.image_tokens,
         "micro_batches": plan.micro_batches,
+        "processes": plan.processes,
         "device_peak_bytes": plan.device_peak.device_total,
         "host_peak_bytes": plan.host_peak.host_total,
         "phases": [
@@ -195,6 +200,11 @@ def _show(plan: Plan, fit: Fit | None, request: Request) -> None:
         f"{workload.group_size} answers of {workload.answer_tokens} tokens{turns}; micro-batches a step: "
         f"{plan.micro_batches}"
     )
+    if plan.processes > 1:
+        how = "FSDP2" if request.sharded else "DDP"
+        console.print(
+            f"One of {plan.processes} processes, {how}; what they send each other takes time that is not counted"
+        )
     sides = {"GPU": "device", "host": "host"} if plan.device == "cuda" else {"host": "host"}
     table = Table(title="Memory at the worst moment of each phase, in GiB")
     table.add_column("")

@@ -240,7 +240,7 @@ def _parallel(config: LocalTrainConfig, accelerator: Accelerator, policy: Policy
         )
     if sharded and config.optimizer != "adamw":
         raise ConfigError(
-            f"engine.train.optimizer {config.optimizer} cannot step on parts of weights: use adamw, or ddp"
+            f"engine.train.optimizer {config.optimizer} cannot step on parts of weights: use adamw, or parallel: ddp"
         )
     return Sharded(accelerator, policy) if sharded else Replicated(accelerator, policy)
 

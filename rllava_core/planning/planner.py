@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rllava_core.algorithms.protocol import Batch
 from rllava_core.errors import ConfigError
@@ -73,6 +74,7 @@ class Plan:
     parameters, trained: how many weights the model has, and how many of them are trained.
     prompt_tokens, image_tokens: of a turn; the latter are among the former.
     micro_batches: of one optimizer step.
+    processes: that share a step; all figures are of one of them.
     """
 
     model: str
@@ -85,6 +87,7 @@ class Plan:
     micro_batches: int
     phases: tuple[Phase, ...]
     seconds: Seconds
+    processes: int = 1
 
     @property
     def device_peak(self) -> Phase:
@@ -120,9 +123,10 @@ class Planner:
         """What weights, states and gradients alone take. Measures nothing."""
         request = self._first.with_levers(**asdict(levers))
         subject = self._subject(request)
-        learnt = {"optimizer": optimizer_bytes(levers, subject.trained_parameters), "gradients": 0}
+        share = request.processes if request.sharded else 1
+        learnt = {"optimizer": optimizer_bytes(levers, subject.trained_parameters) // share, "gradients": 0}
         if not levers.step_in_backward:
-            learnt["gradients"] = sum(item.nbytes for item in subject.trained_parameters)
+            learnt["gradients"] = sum(item.nbytes for item in subject.trained_parameters) // share
         held = {"weights": subject.weights + subject.other_weights + subject.copies}
         if request.device == "cpu":
             return Phase("at least", {}, {"process": PROCESS, **held, **learnt})
@@ -153,6 +157,7 @@ class Planner:
             micro_batches=parts.micro_batches,
             phases=tuple(parts.phases()),
             seconds=seconds,
+            processes=request.processes,
         )
 
     def _subject(self, request: Request) -> _Subject:
@@ -226,7 +231,7 @@ class _Parts:
     def __init__(self, request: Request, subject: _Subject) -> None:
         self.request, self.subject = request, subject
         levers, workload = request.levers, request.workload
-        groups = -(-workload.prompts // request.minibatches)
+        groups = -(-workload.prompts // (request.minibatches * request.processes))
         self.batch = subject.episodes.trajectories(groups, workload.group_size)
         split = list(Batch(tuple(self.batch), {}).split(levers.micro_batch_tokens, shared=levers.prefix_sharing))
         self.micro_batches = len(split)
@@ -258,6 +263,10 @@ class _Parts:
         )
         self.states = optimizer_bytes(levers, trained)
         self.step_needs = _step_bytes(levers, trained)
+        self.whole_gradients = self.gradients
+        self.shared = shared_bytes(request, subject.policy)
+        if request.sharded and request.processes > 1:
+            self.gradients, self.states = self.gradients // request.processes, self.states // request.processes
 
     @property
     def optimizer_device(self) -> int:
@@ -266,6 +275,7 @@ class _Parts:
     def phases(self) -> list[Phase]:
         request, subject, workload = self.request, self.subject, self.request.workload
         before = {"weights": subject.weights, "heads and critic": subject.other_weights, "copies": subject.copies}
+        before |= self.shared.held
         # A torch optimizer's gradients stay until the next step begins; streamed ones are let go by the step itself.
         kept = {**before, "optimizer": self.optimizer_device, "gradients": 0 if self.streamed else self.gradients}
         limit = request.levers.max_sequences
@@ -279,12 +289,13 @@ class _Parts:
             # As `rllava_core.training.sight` computes it, which pulls none of the engine's levers.
             found.append(self._phase("image probe", kept, subject.probe(first)))
         if request.rollouts:
-            groups = max(1, min(workload.prompts, limit // workload.group_size))
+            groups = max(1, min(request.own_prompts, limit // workload.group_size))
             found.append(self._phase("rollout", kept, subject.sampling(groups, workload.group_size)))
         if request.copies:
             found.append(self._phase("reference", kept, subject.evaluation(self.micro_batch)))
         gradients, on_host = self._gradients()
-        found.append(self._phase("update", {**kept, "gradients": gradients}, self.update, on_host))
+        update = {**kept, **self.shared.gathered, "gradients": gradients}
+        found.append(self._phase("update", update, self.update, on_host))
         whole = 0 if request.levers.optimizer_on_cpu else self.gradients
         step = {**kept, "gradients": 0 if request.levers.step_in_backward else whole}
         host = dict(self._host())
@@ -307,7 +318,7 @@ class _Parts:
             return 0, self.gradients
         if levers.step_in_backward:
             return 0, 0
-        if self.micro_batches > 1:
+        if self.micro_batches > 1 or self.gradients < self.whole_gradients:
             return self.gradients, 0
         beside = sum(item.nbytes for item in self.subject.trained_parameters if item.nbytes < self.in_heap)
         return self.update.peak.get("gradients", 0) + beside, 0
@@ -320,6 +331,7 @@ class _Parts:
 
     def _host(self) -> dict[str, int]:
         workload, media = self.request.workload, self.subject.media.bytes
+        # Every process holds the trajectories of all.
         images = workload.prompts * workload.images * workload.turns
         return {
             "process": PROCESS if self.request.device == "cpu" else CUDA_HOST,
@@ -353,6 +365,30 @@ class _Parts:
         if self.request.device == "cpu":
             return Phase(name, {}, {**device, **host})
         return Phase(name, {"context": CUDA_CONTEXT, **device}, host)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a process holds because there are others, in bytes by part. gathered: while an update computes."""
+
+    held: Mapping[str, int]
+    gathered: Mapping[str, int]
+
+
+def shared_bytes(request: Request, policy: Policy) -> Shared:
+    """DDP copies gradients to where they are averaged. Under FSDP2 a part of the trained weights is there beside the
+    copy that acts; layers are gathered one by one, with the next, and what is in none of them for the whole pass, each
+    with its gradient."""
+    if request.processes == 1:
+        return Shared({}, {})
+    trained = {name: item.nbytes for name, item in policy.named_parameters() if item.requires_grad}
+    if not request.sharded:
+        return Shared({"averaging": sum(trained.values())}, {})
+    layers = [name for name, item in policy.named_modules() if isinstance(item, GradientCheckpointingLayer)]
+    units = [sum(size for name, size in trained.items() if name.startswith(f"{layer}.")) for layer in layers]
+    rest = sum(trained.values()) - sum(units)
+    gathered = 2 * rest + 3 * max(units, default=0)
+    return Shared({"shard of weights": sum(trained.values()) // request.processes}, {"gathered": gathered})
 
 
 def optimizer_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:

@@ -61,6 +61,7 @@ class Request:
     rollouts: whether episodes are sampled, or demonstrated.
     device: where the model is.
     evaluated: held-out episodes; None: not known, many.
+    processes: that share each step; what is planned is one of them. sharded: by FSDP2, and not by DDP.
     """
 
     model: Resolved
@@ -75,6 +76,13 @@ class Request:
     rollouts: bool = True
     device: Literal["cpu", "cuda"] = "cuda"
     evaluated: int | None = None
+    processes: int = 1
+    sharded: bool = False
+
+    @property
+    def own_prompts(self) -> int:
+        """Of a step's prompts, how many the busiest process has."""
+        return -(-self.workload.prompts // self.processes)
 
     @property
     def options(self) -> ModelConfig:
@@ -136,6 +144,7 @@ def request_of_config(resolved: ResolvedConfig, sizes: Mapping[str, Any]) -> Req
         rollouts=made.experience == "rollouts",
         device="cpu" if train.device == "cpu" else "cuda",
         evaluated=run.training.eval_episodes,
+        sharded=train.parallel == "fsdp",
     )
 
 

@@ -58,8 +58,8 @@ class Machine:
         workload = request.workload
         rollout = 0.0
         if request.rollouts:
-            groups = max(1, min(workload.prompts, levers.max_sequences // workload.group_size))
-            chunks = -(-workload.prompts // groups) * workload.turns
+            groups = max(1, min(request.own_prompts, levers.max_sequences // workload.group_size))
+            chunks = -(-request.own_prompts // groups) * workload.turns
             sampling = subject.sampling(groups, workload.group_size)
             steps = 1 if workload.choices is not None else workload.answer_tokens
             # A token needs all weights once, and the cache of its sequence.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,6 @@ def rllava(*arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -157,6 +156,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job_of(root, 4, "of-4", train(FOUR, "of-4")),
         job_of(root, 2, "cut", train(RESUMED, "resumed-1", "training.steps=3")),
         job_of(root, 2, "cut again", train(RESUMED, "resumed-4", "training.steps=3")),
+        job_of(root, 2, "longer", train(CASES[:1], "longer", *LONGER)),
         job_of(root, 1, "resumed-1", train(RESUMED, "resumed-1", "--resume")),
         job_of(root, 4, "resumed-4", train(RESUMED, "resumed-4", "--resume")),
     ]
@@ -168,6 +168,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FOUR = ["ddp grpo of one group", "fsdp ppo of one group"]
+LONGER = ("training.steps=20", "training.save_every=1")
 RESUMED = [f"{way} ppo of one group" for way in WAYS]
 
 
@@ -203,32 +204,31 @@ def test_one_process_speaks_for_all(trained: Path) -> None:
 
 
 def test_a_process_that_dies_ends_the_others_and_the_run_goes_on_exactly(trained: Path, tmp_path: Path) -> None:
-    case = "ddp grpo everywhere"
-    config, run = trained / case / "task.yaml", tmp_path / "run"
-    process = rllava("train", config, "training.save_every=1", "--run-dir", run, "--num-processes", 2)
-    wait_for(run / "checkpoints" / "step-000002")
-    ranks = sorted((int(item.environ()["RANK"]), item) for item in psutil.Process(process.pid).children(recursive=True))
-    ranks[1][1].kill()
+    config, run = trained / CASES[0] / "task.yaml", tmp_path / "run"
+    process = rllava("train", config, *LONGER, "--run-dir", run, "--num-processes", 2)
+    wait_for(lambda: steps_of(run) >= 3)
+    ranks = {int(item.environ()["RANK"]): item for item in psutil.Process(process.pid).children()}
+    ranks[1].kill()
     killed = time.monotonic()
 
     message = finished(process, 1)
 
     assert time.monotonic() - killed < 60
     assert "process 1 of 2 ended by signal 9, and the others with it" in message
-    assert not ranks[0][1].is_running()
-    job = job_of(tmp_path, 2, "go on", [["train", config, "training.save_every=1", "--run-dir", run, "--resume"]])
+    assert not ranks[0].is_running()
+    assert steps_of(run) < 20
+    job = job_of(tmp_path, 2, "go on", [["train", config, *LONGER, "--run-dir", run, "--resume"]])
     carry_out([job], tmp_path)
     assert [code for _, code in said(job)] == [0, 0]
-    assert metrics(run) == metrics(trained / case / "of-2")
+    assert metrics(run) == metrics(trained / CASES[0] / "longer")
 
 
 def test_ctrl_c_saves_the_step_that_all_processes_have_done(trained: Path, tmp_path: Path) -> None:
     case = "fsdp grpo everywhere"
     config, run = trained / case / "task.yaml", tmp_path / "run"
     process = rllava("train", config, "training.steps=200", "--run-dir", run, "--num-processes", 2)
-    wait_for(run / "metrics.jsonl")
-    # A terminal sends it to every process of the command.
-    os.killpg(process.pid, signal.SIGINT)
+    wait_for(lambda: steps_of(run) >= 2)
+    process.send_signal(signal.SIGINT)
 
     message = finished(process, 130)
 
@@ -276,8 +276,13 @@ REFUSED = (
 )
 
 
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not path.exists():
+def steps_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.exists() else -1
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)

@@ -237,7 +237,10 @@ def test_the_address_makes_no_difference_to_what_is_known(server: FakeEndpoint) 
     assert Asking(elsewhere).ask(questions(1)) == first
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"key": "other", "answer": {}}', "\x00"])
+@pytest.mark.parametrize(
+    "damage",
+    ["", '{"key": 1, "answer": {"text": 7, "finish_reason": 1}}', "{", "[]", '{"key": "other", "answer": {}}', "\x00"],
+)
 def test_a_damaged_file_is_asked_for_again_and_replaced(server: FakeEndpoint, tmp_path: Path, damage: str) -> None:
     first = asking(server).ask(questions(1))
     [path] = (tmp_path / "cache").rglob("*.json")

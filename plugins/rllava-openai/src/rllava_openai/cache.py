@@ -45,9 +45,11 @@ class AnswerCache:
         """The answer, or None. A file that is damaged is no answer: it is asked for again, and replaced."""
         try:
             entry = json.loads(self._path(key).read_text(encoding="utf-8"))
-            return Completion(**entry["answer"]) if entry["key"] == key else None
+            asked, answer = entry["key"], Completion(**entry["answer"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        whole = isinstance(answer.text, str) and isinstance(answer.finish_reason, str) and asked == key
+        return answer if whole else None
 
     def put(self, key: str, request: Mapping[str, Any], answer: Completion) -> None:
         """Keep an answer, with what was asked, for people. Raises TrainingError if it cannot be written."""
