@@ -73,20 +73,18 @@ class OnQwen(EngineConformance):
         engine = self.sampler(policy)
         requests = self.requests()
         before = self._trajectories(engine, requests)
-        limits = TrainingSection(steps=1)
         with torch.no_grad():
             for parameter in policy.model.parameters():
-                parameter.mul_(1.02)
+                parameter.mul_(1.5)
         after = self._trajectories(engine, requests)
         for one, two in zip(before, after, strict=True):
             np.testing.assert_allclose(one.behaviour_logprobs, two.behaviour_logprobs, atol=1e-5)
         stale = recomputed(policy, after).logprobs
         with pytest.raises(InvariantError, match="conformance"):
-            check_recomputed(after, stale, policy.adapter, limits.max_logprob_gap)
+            check_recomputed(after, stale, policy.adapter, TrainingSection(steps=1).max_logprob_gap)
         engine.sync(policy)
         fresh = self._trajectories(engine, requests)
-        gaps = check_recomputed(fresh, recomputed(policy, fresh).logprobs, policy.adapter, limits.max_logprob_gap)
-        assert gaps.largest <= 1e-4
+        assert check_recomputed(fresh, recomputed(policy, fresh).logprobs, policy.adapter, 1e-4).largest <= 1e-4
 
     def test_adapters_are_merged_on_the_way(self) -> None:
         pytest.importorskip("peft", reason="peft is not installed")
