@@ -314,16 +314,18 @@ def test_a_run_that_fails_at_once_says_that_nothing_was_saved(run_toy: Run) -> N
 
 
 def test_a_policy_that_is_not_the_one_that_sampled_is_noticed(run_toy: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rllava_core.engines.local_train import LocalTrainEngine
     from rllava_core.testing.tiny import TinyAdapter
 
-    original, calls = TinyAdapter.positions, []
+    positions, step = TinyAdapter.positions, LocalTrainEngine.step
 
-    def shifted(self: TinyAdapter, tokens: Any, features: Any, start: int) -> Any:
-        calls.append(1)
-        positions = original(self, tokens, features, start)
-        return positions * 3 if len(calls) > 24 else positions
+    def elsewhere(self: LocalTrainEngine, *arguments: Any) -> Any:
+        """The update alone places what was shown three times as far apart."""
+        with monkeypatch.context() as changed:
+            changed.setattr(TinyAdapter, "positions", lambda *given: positions(*given) * 3)
+            return step(self, *arguments)
 
-    monkeypatch.setattr(TinyAdapter, "positions", shifted)
+    monkeypatch.setattr(LocalTrainEngine, "step", elsewhere)
     with pytest.raises(InvariantError, match=r"^step \d+: log-probs while sampling and recomputed differ by"):
         run_toy("task.choices=", "training.max_logprob_gap=1.0e-3")
 
