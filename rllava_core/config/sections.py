@@ -133,6 +133,11 @@ class EngineSection(Options):
     train: ComponentSection = Field(default=ComponentSection(name="local"), description="an engine that trains")
     rollout: ComponentSection = Field(default=ComponentSection(name="local"), description="an engine that samples")
 
+    @field_validator("train", "rollout", mode="before")
+    @classmethod
+    def _options_alone_are_of_the_local_engine(cls, value: Any) -> Any:
+        return {"name": "local", **value} if isinstance(value, dict) else value
+
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 

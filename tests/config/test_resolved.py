@@ -118,3 +118,10 @@ def test_resolving_imports_no_component(resolve: Resolve, monkeypatch: pytest.Mo
     resolve()
 
     assert "rllava_toy.task" not in sys.modules
+
+
+def test_options_of_an_engine_without_a_name_are_the_local_one_s(resolve: Resolve) -> None:
+    resolved = resolve("engine.train.device=cpu", "engine.rollout={max_sequences: 7}")
+    assert resolved.train_engine.config.device == "cpu"
+    assert resolved.rollout_engine.config.max_sequences == 7
+    assert resolved.run.engine.train.name == resolved.run.engine.rollout.name == "local"
