@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from transformers import BatchFeature
 
 from rllava_core.config import TrainingSection
 from rllava_core.errors import ConfigError, InvariantError
@@ -145,7 +146,6 @@ class TestColocated(OnQwen):
         from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item
         from vllm.multimodal import MULTIMODAL_REGISTRY
         from vllm.multimodal.inputs import MultiModalKwargsItems
-        from vllm.transformers_utils.processor import BatchFeature  # type: ignore[attr-defined]
 
         policy = self.policy()
         engine = self.sampler(policy)
@@ -169,7 +169,7 @@ class TestColocated(OnQwen):
                     assert torch.equal(found[name].data, element.data), name
 
     def test_the_global_random_states_are_left_alone(self) -> None:
-        engine = self.sampler()
+        engine, requests, other = self.sampler(), self.requests(), self.policy(seed=4)
         torch.manual_seed(5)
         random.seed(5)
         np.random.seed(5)
@@ -177,8 +177,8 @@ class TestColocated(OnQwen):
         torch.manual_seed(5)
         random.seed(5)
         np.random.seed(5)
-        engine.generate(self.requests(), 1)
-        engine.sync(self.policy(seed=4))
+        engine.generate(requests, 1)
+        engine.sync(other)
         assert (torch.rand(3).tolist(), random.random(), float(np.random.rand())) == expected
 
     def test_on_a_cpu_it_cannot_sleep_and_says_so(self) -> None:
