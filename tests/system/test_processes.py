@@ -79,7 +79,7 @@ def carry_out(jobs: list[dict[str, Any]], directory: Path) -> None:
     subprocess.run(
         [sys.executable, str(Path(__file__).with_name("in_processes.py")), str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=500,
+        timeout=1000,
         check=True,
     )
 
@@ -142,7 +142,25 @@ def assert_same(run: Path, alone: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by two processes; by one, which takes no part in any way; by four, where one group has pictures: more
     processes than cores, and as many as groups. And runs of two that end early, and go on with one and with four."""
-    root = tmp_path_factory.mktemp("processes")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return compute(tmp_path_factory.mktemp("processes"))
+    # The processes of one run of pytest share these runs: whichever comes first computes them.
+    root = tmp_path_factory.getbasetemp().parent / "processes"
+    done = root.with_suffix(".done")
+    try:
+        root.mkdir()
+    except FileExistsError:
+        wait_for(done.exists, 1000)
+    else:
+        try:
+            compute(root)
+        finally:
+            done.touch()
+    return root
+
+
+def compute(root: Path) -> Path:
+    """Carry out the runs that `trained` speaks of. Returns the directory."""
     for case in CASES:
         write(root / case, case)
 
@@ -281,8 +299,8 @@ def steps_of(run: Path) -> int:
     return len(path.read_text(encoding="utf-8").splitlines()) - 1 if path.exists() else -1
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
