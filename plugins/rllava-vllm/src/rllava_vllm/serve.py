@@ -23,11 +23,9 @@ def main(arguments: Sequence[str]) -> None:
     """Becomes the server."""
     if not arguments or arguments[0].startswith("-"):
         sys.exit("usage: python -m rllava_vllm.serve MODEL [options of vllm serve]")
-    from vllm.platforms import current_platform
-
     model, given = arguments[0], list(arguments[1:])
     exact = {**exact_arguments(), "enable_scale_out": True}  # the route that takes token ids and features
-    if current_platform.is_cpu() and "--max-num-batched-tokens" not in given:
+    if "--max-num-batched-tokens" not in given and _on_cpu():
         exact |= cpu_arguments(LONGEST_ON_CPU)
     host = [] if "--host" in given else ["--host", "127.0.0.1"]
     # Not `vllm serve`, which in vLLM 0.32 asks for a distribution of that name, and the one for CPUs has another.
@@ -35,6 +33,12 @@ def main(arguments: Sequence[str]) -> None:
     command = [sys.executable, *entry, *flags(exact), *host, *given]
     environment = {**ENVIRONMENT, **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     os.execve(sys.executable, command, environment)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:
