@@ -8,7 +8,7 @@ from rllava_core.specs import ComponentSpec, PluginInfo, hookimpl
 @hookimpl
 def rllava_plugin_info() -> PluginInfo:
     """Summary of the core's own plugin."""
-    return PluginInfo(summary="The core's own components: the local engines and the one-step environment.")
+    return PluginInfo(summary="The core's own components: local engines, the one-step environment, no model.")
 
 
 @hookimpl

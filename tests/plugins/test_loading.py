@@ -297,4 +297,5 @@ def test_the_core_registers_its_own_components_like_any_plugin() -> None:
         ("engine", "local", ["action_values", "logprobs", "rollout"]),
         ("engine", "local", ["train"]),
         ("environment", "single_turn", []),
+        ("model", "hosted", []),
     ]
