@@ -189,6 +189,9 @@ class LocalTrainEngine:
             load_part_state(self._copy(name), trained_names(self.policy), weights)
             self._updated.add(name)
 
+    def close(self) -> None:
+        self.world.close()
+
     def _copy(self, name: str) -> Policy:
         if name not in self._copies:
             kept = ", ".join(self._copies) or "none"

@@ -42,6 +42,8 @@ class TrainEngine(Protocol):
         (prompts are read once, answers in rows of several behind them), `rows` (each answer in a row of its own, for a
         model that takes no trees), `packed` (a prompt and its answers are one row) and `unshared` (every trajectory
         whole).
+
+    An engine may also have a method `close()`, which is called when the run is over.
     """
 
     policy: Policy
@@ -105,7 +107,8 @@ class RolloutEngine(Protocol):
     the choices offered is an action without a choice that has not `ended`.
 
     An engine may also have a method `report() -> Mapping[str, float]`, which is asked once a step and once an
-    evaluation for what else there is to say since it was last asked; reported as `engine/KEY`.
+    evaluation for what else there is to say since it was last asked; reported as `engine/KEY`. And `close()`, which is
+    called when the run is over.
     """
 
     def generate(
@@ -128,3 +131,10 @@ class RolloutEngine(Protocol):
     def sync(self, policy: Policy) -> None:
         """Sample from these weights from now on, and keep nothing that older ones have read."""
         ...
+
+
+def close(engine: TrainEngine | RolloutEngine) -> None:
+    """What an engine's optional `close()` does; nothing if it has none."""
+    end = getattr(engine, "close", None)
+    if end is not None:
+        end()

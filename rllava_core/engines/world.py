@@ -28,6 +28,10 @@ class World(Protocol):
         """What every process brought, in the order of their numbers. All must call it."""
         ...
 
+    def close(self) -> None:
+        """The others are not needed any more."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -37,6 +41,9 @@ class Alone:
 
     def gathered(self, own: T) -> list[T]:
         return [own]
+
+    def close(self) -> None:
+        return
 
 
 class Processes:
@@ -59,6 +66,12 @@ class Processes:
         with lost(self):
             torch.distributed.all_gather_object(found, own, group=self._group)
         return found
+
+    def close(self) -> None:
+        # The group's threads end with its last reference. One that is still there when the interpreter goes, and has a
+        # tensor to give back, aborts the process.
+        del self._group
+        torch.distributed.destroy_process_group()
 
 
 class lost:  # noqa: N801 - reads as what it is about

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
-from rllava_core.engines.protocol import AnswerSetup, RolloutEngine, RolloutSetup, TrainEngine, TrainSetup
+from rllava_core.engines.protocol import AnswerSetup, RolloutEngine, RolloutSetup, TrainEngine, TrainSetup, close
 from rllava_core.errors import ConfigError, DataError, PluginError, RllavaError, TrainingError
 from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.examples import Example, Split
@@ -46,7 +46,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that a run is made of. A context manager: environments that run in other processes end with it."""
+    """Everything that a run is made of. A context manager, with which environments and engines end.
+
+    ending: what has to be ended.
+    """
 
     task: Task
     episodes: Episodes
@@ -56,12 +59,13 @@ class Parts:
     algorithm: Algorithm
     trainer: TrainEngine
     sampler: RolloutEngine
+    ending: ExitStack
 
     def __enter__(self) -> Parts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.task.environments.close()
+        self.ending.close()
 
 
 @dataclass(frozen=True)
@@ -75,25 +79,29 @@ class Players:
     episodes: Episodes
     algorithm: Algorithm
     policy: Policy | None
+    ending: ExitStack
 
     def __enter__(self) -> Players:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.task.environments.close()
+        self.ending.close()
 
 
 def build_players(resolved: ResolvedConfig, checkpoint: Path | None = None) -> Players:
     """For evaluation: the model, or the weights of a checkpoint, unless the engine answers by a model of its own."""
     if "own_model" not in resolved.rollout_engine.component.spec.provides:
         parts = build_parts(resolved, checkpoint, learning=False)
-        return Players(parts.task, parts.episodes, parts.algorithm, parts.policy)
-    task = build_task(resolved)
-    _first_observation(task, resolved.run.training.seed)
-    adapter = Hosted()
-    sampler: RolloutEngine = resolved.rollout_engine.create(AnswerSetup(resolved.run.training.temperature))
-    episodes = Episodes(adapter, MediaStore(adapter), sampler, task.environments, task.limits)
-    return Players(task, episodes, resolved.algorithm.create(), None)
+        return Players(parts.task, parts.episodes, parts.algorithm, parts.policy, parts.ending)
+    with ExitStack() as ending:
+        task = build_task(resolved)
+        ending.callback(task.environments.close)
+        _first_observation(task, resolved.run.training.seed)
+        adapter = Hosted()
+        sampler: RolloutEngine = resolved.rollout_engine.create(AnswerSetup(resolved.run.training.temperature))
+        ending.callback(close, sampler)
+        episodes = Episodes(adapter, MediaStore(adapter), sampler, task.environments, task.limits)
+        return Players(task, episodes, resolved.algorithm.create(), None, ending.pop_all())
 
 
 def build_task(resolved: ResolvedConfig) -> Task:
@@ -125,8 +133,14 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
 
     Data are read before any weight is loaded, so that their errors come at once.
     """
+    with ExitStack() as ending:
+        return _built(resolved, checkpoint, ending, learning=learning)
+
+
+def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack, *, learning: bool) -> Parts:
     run = resolved.run
     task = build_task(resolved)
+    ending.callback(task.environments.close)
     task.examples("held_out")
     if learning:
         task.examples("train")
@@ -153,10 +167,12 @@ def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, lea
     copies = {name: _first(policy, policy_of, resolved, checkpoint) for name in algorithm.copies} if learning else {}
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
+    ending.callback(close, trainer)
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
+    ending.callback(close, sampler)
     world = trainer.world
     episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits, world=world)
-    return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler)
+    return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler, ending.pop_all())
 
 
 def _first(

@@ -123,6 +123,10 @@ class Host(Protocol):
         """Nothing will be asked for a while."""
         ...
 
+    def close(self) -> None:
+        """Nothing will be asked any more."""
+        ...
+
 
 def first_seed(seed: int) -> int:
     """The seed of episode number 0; that of any other is as much more as its number. Those of two calls are as good as

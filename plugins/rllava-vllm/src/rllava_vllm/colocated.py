@@ -102,6 +102,9 @@ class Colocated:
                 self._llm.sleep(level=1)  # weights wait on the host: an evaluation may follow without new ones
             self._awake = False
 
+    def close(self) -> None:
+        """It ends with this process."""
+
     def _wake(self) -> None:
         if not self._awake:
             self._llm.wake_up()

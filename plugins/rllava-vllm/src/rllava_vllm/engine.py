@@ -69,6 +69,9 @@ class VLLMRolloutEngine:
     def forget(self) -> None:
         self._host.rest()
 
+    def close(self) -> None:
+        self._host.close()
+
     def sync(self, policy: Policy) -> None:
         self._terms = terms_of(policy)
         self._adapter = policy.adapter

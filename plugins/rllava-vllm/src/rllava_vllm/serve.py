@@ -7,8 +7,10 @@ them.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,9 +20,15 @@ from rllava_vllm.arguments import ENVIRONMENT, cpu_arguments, exact_arguments
 LONGEST_ON_CPU = 8192
 """Tokens read at once on a CPU, unless the options say otherwise."""
 
+STARTED_BY = "RLLAVA_VLLM_STARTED_BY"
+"""The process id of the run that starts a server for itself, which ends with it however it ends."""
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def main(arguments: Sequence[str]) -> None:
     """Becomes the server."""
+    _end_with(os.environ.pop(STARTED_BY, None))
     if not arguments or arguments[0].startswith("-"):
         sys.exit("usage: python -m rllava_vllm.serve MODEL [options of vllm serve]")
     model, given = arguments[0], list(arguments[1:])
@@ -33,6 +41,15 @@ def main(arguments: Sequence[str]) -> None:
     command = [sys.executable, *entry, *flags(exact), *host, *given]
     environment = {**ENVIRONMENT, **os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     os.execve(sys.executable, command, environment)
+
+
+def _end_with(parent: str | None) -> None:
+    """Ask the kernel for SIGTERM when the parent dies, which holds for what this process becomes, too."""
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it has died already
+        sys.exit(f"the run that started this server, process {parent}, has ended")
 
 
 def _on_cpu() -> bool:

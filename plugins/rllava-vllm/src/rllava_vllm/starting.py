@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.policy.policy import Policy
 from rllava_vllm.arguments import engine_arguments
 from rllava_vllm.config import VLLMConfig
-from rllava_vllm.serve import flags
+from rllava_vllm.serve import STARTED_BY, flags
 from rllava_vllm.weights import describe_model, dtype_of, trusted
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -36,7 +37,12 @@ class Started:
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C is for the run, which ends the server when it has saved.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, STARTED_BY: str(os.getpid())},
             )
         atexit.register(self.stop)
 
