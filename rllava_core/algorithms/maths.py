@@ -10,15 +10,14 @@ from torch import Tensor
 
 def group_mean(values: Tensor, group: Tensor) -> Tensor:
     """[N] mean over each value's group. values: [N]; group: [N] integer labels."""
-    same = _same(group, values)
-    return (same @ values) / same.sum(1)
+    total, count = _of_group(values, group)
+    return (total / count).to(values.dtype)
 
 
 def group_std(values: Tensor, group: Tensor) -> Tensor:
     """[N] sample standard deviation (n − 1) of each value's group; zero for a group of one."""
-    same = _same(group, values)
-    centred = values - group_mean(values, group)
-    return ((same @ centred**2) / (same.sum(1) - 1).clamp(min=1)).sqrt()
+    total, count = _of_group((values - group_mean(values, group)) ** 2, group)
+    return (total / (count - 1).clamp(min=1)).sqrt().to(values.dtype)
 
 
 def kl_estimate(logprobs: Tensor, reference: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
@@ -81,5 +80,8 @@ def counted(lengths: Tensor) -> Tensor:
     return torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
 
 
-def _same(group: Tensor, values: Tensor) -> Tensor:
-    return (group[:, None] == group[None, :]).to(values.dtype)  # [N, N]
+def _of_group(values: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] sum over each value's group and size of the group, in float64: the mean of equal values is that value."""
+    labels, place = group.unique(return_inverse=True)
+    total = torch.zeros(len(labels), dtype=torch.float64, device=values.device).index_add_(0, place, values.double())
+    return total[place], place.bincount(minlength=len(labels))[place]

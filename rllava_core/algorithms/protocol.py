@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rllava_core.errors import TrainingError
-from rllava_core.mdp.trajectory import ContextSegment, Segment, Trajectory, stretches
+from rllava_core.mdp.trajectory import Parts, Trajectory
 from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.policy import Head, PolicyOutput
 
@@ -69,11 +69,11 @@ class Batch:
         taken: list[Trajectory] = []
         count = TokenCount()
         for trajectory in self.trajectories:
-            parts = Parts.of(trajectory)
-            if taken and count.total + count.more(parts) > tokens:
+            parts = trajectory.parts
+            if not count.add(parts, shared=shared, limit=tokens if taken else None):
                 yield self._slice(taken, start, start + decisions)
                 start, decisions, taken, count = start + decisions, 0, [], TokenCount()
-            count.add(parts, shared=shared)
+                count.add(parts, shared=shared)
             taken.append(trajectory)
             decisions += trajectory.decisions
         if taken:
@@ -179,24 +179,6 @@ def fed_back(batches: Iterable[Batch], updates: Sequence[Mapping[str, float]]) -
             return
 
 
-@dataclass(frozen=True)
-class Parts:
-    """begun: what each stretch of a trajectory begins with, and its tokens. own: the number of all other tokens."""
-
-    begun: Mapping[object, int]
-    own: int
-
-    @classmethod
-    def of(cls, trajectory: Trajectory) -> Parts:
-        begun: dict[object, int] = {}
-        # Each choice of several tokens is read along a path of its own.
-        own = sum(len(choice) - 1 for action in trajectory.actions for choice in action.choices or ())
-        for stretch in stretches(trajectory.turns):
-            begun[tuple(map(_content, stretch.begin))] = sum(len(segment.tokens) for segment in stretch.begin)
-            own += sum(len(segment.tokens) for segment in stretch.rest)
-        return cls(begun, own)
-
-
 class TokenCount:
     """How many tokens the trajectories of a micro-batch are, where those that are read once for several count once."""
 
@@ -204,15 +186,12 @@ class TokenCount:
         self.total = 0
         self._begun: set[object] = set()
 
-    def more(self, parts: Parts) -> int:
-        """By how many the number grows if this trajectory comes to those that were added."""
-        return parts.own + sum(tokens for key, tokens in parts.begun.items() if key not in self._begun)
-
-    def add(self, parts: Parts, *, shared: bool) -> None:
-        self.total += self.more(parts)
+    def add(self, parts: Parts, *, shared: bool, limit: int | None = None) -> bool:
+        """Whether there is room for this trajectory, too, where no more than `limit` tokens are allowed."""
+        more = parts.own + sum(tokens for key, tokens in parts.begun.items() if key not in self._begun)
+        if limit is not None and self.total + more > limit:
+            return False
+        self.total += more
         if shared:
             self._begun.update(parts.begun)
-
-
-def _content(segment: Segment) -> object:
-    return segment.tokens, segment.images if isinstance(segment, ContextSegment) else ()
+        return True

@@ -78,8 +78,8 @@ class LocalTrainEngine:
 
     def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
         metrics: dict[str, float] = defaultdict(float)
-        rounds = [list(self._split(batch.chosen(own))) for own in self._shares(batch.trajectories)]
-        passes = self._parallel.passes(rounds, batch)
+        shares = self._shares(batch.trajectories)
+        passes = self._parallel.passes(lambda rank: list(self._split(batch.chosen(shares[rank]))), batch)
         self._update.begin(len(passes), learning_rate)
         wrong = None
         with lost(self.world):

@@ -65,8 +65,8 @@ class Parallel(Protocol):
         """Wrap the policy, and make the optimizer of its trained parameters unless `make` is None."""
         ...
 
-    def passes(self, rounds: Sequence[Sequence[Batch]], batch: Batch) -> list[Pass]:
-        """What this process computes. rounds: the micro-batches of every process; batch: all that they are made of."""
+    def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
+        """What this process computes. micro_batches: of a process, by its number; batch: all that they are made of."""
         ...
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
@@ -109,8 +109,8 @@ class OneProcess:
         found: Optimizer = optimizer
         return found
 
-    def passes(self, rounds: Sequence[Sequence[Batch]], batch: Batch) -> list[Pass]:
-        return [Pass(micro) for micro in rounds[self.world.rank]]
+    def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
+        return [Pass(micro) for micro in micro_batches(self.world.rank)]
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -135,8 +135,8 @@ class Replicated(OneProcess):
         super().__init__(accelerator, policy)
         self.world = Processes()
 
-    def passes(self, rounds: Sequence[Sequence[Batch]], batch: Batch) -> list[Pass]:
-        return super().passes(rounds, batch) or [Pass(None, _shortest(batch.trajectories))]
+    def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
+        return super().passes(micro_batches, batch) or [Pass(None, _shortest(batch.trajectories))]
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         context: AbstractContextManager[Any] = nullcontext() if last else self._accelerator.no_sync(self.module)
@@ -174,8 +174,9 @@ class Sharded:
         self.module = self._in_precision
         return None if make is None else make(_trained(self.trained))
 
-    def passes(self, rounds: Sequence[Sequence[Batch]], batch: Batch) -> list[Pass]:
+    def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
         """As many for every process, with images in all or none of the same number."""
+        rounds = [micro_batches(rank) for rank in range(self.world.size)]
         found = []
         for number in range(max(map(len, rounds))):
             together = [own[number] if number < len(own) else None for own in rounds]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from rllava_core.algorithms.protocol import Parts, TokenCount
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.policy.policy import PolicyOutput
 
@@ -65,7 +64,8 @@ def _cut(numbers: Sequence[int], pieces: int) -> list[Sequence[int]]:
 
 
 def _cost(trajectories: Sequence[Trajectory], shared: bool) -> int:
-    count = TokenCount()
-    for trajectory in trajectories:
-        count.add(Parts.of(trajectory), shared=shared)
-    return count.total
+    parts = [trajectory.parts for trajectory in trajectories]
+    own = sum(item.own for item in parts)
+    if not shared:
+        return own + sum(sum(item.begun.values()) for item in parts)
+    return own + sum({key: tokens for item in parts for key, tokens in item.begun.items()}.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -40,7 +40,18 @@ def score(trajectories: Sequence[Trajectory], rewards: Sequence[WeightedReward])
     Raises RewardError that names the reward and the example if a function raises, returns another number of values,
     or a value that is not a finite number.
     """
-    columns = {reward.name: _values(reward, trajectories) for reward in rewards}
+    return with_scores(trajectories, scores_of(trajectories, rewards), rewards)
+
+
+def scores_of(trajectories: Sequence[Trajectory], rewards: Sequence[WeightedReward]) -> dict[str, list[float]]:
+    """By the name of each reward, what it says of each trajectory. Raises RewardError as `score` does."""
+    return {reward.name: _values(reward, trajectories) for reward in rewards}
+
+
+def with_scores(
+    trajectories: Sequence[Trajectory], columns: Mapping[str, Sequence[float]], rewards: Sequence[WeightedReward]
+) -> list[Trajectory]:
+    """Trajectories with `scores` of these columns and their weighted sum filled in."""
     weights = {reward.name: reward.weight for reward in rewards}
     scored = []
     for index, trajectory in enumerate(trajectories):

@@ -150,6 +150,17 @@ class Trajectory:
         """Number of decisions of all turns."""
         return sum(turn.action.decisions for turn in self.turns)
 
+    @cached_property
+    def parts(self) -> Parts:
+        """Which of its tokens others may begin with, too."""
+        begun: dict[object, int] = {}
+        # Each choice of several tokens is read along a path of its own.
+        own = sum(sum(map(len, action.choices)) - len(action.choices) for action in self.actions if action.choices)
+        for stretch in stretches(self.turns):
+            begun[tuple(map(_content, stretch.begin))] = sum(len(segment.tokens) for segment in stretch.begin)
+            own += sum(len(segment.tokens) for segment in stretch.rest)
+        return Parts(begun, own)
+
     @property
     def answer(self) -> str:
         """Text of the last action, which is what rewards of one-step tasks judge."""
@@ -214,6 +225,18 @@ def stretches(turns: Sequence[Turn]) -> list[Stretch]:
         else:
             found.append(Stretch(turn.context, (turn.action,)))
     return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """begun: what each stretch of a trajectory begins with, and its tokens. own: the number of all other tokens."""
+
+    begun: Mapping[object, int]
+    own: int
+
+
+def _content(segment: Segment) -> object:
+    return segment.tokens, segment.images if isinstance(segment, ContextSegment) else ()
 
 
 def group_sizes(trajectories: Sequence[Trajectory]) -> dict[int, int]:

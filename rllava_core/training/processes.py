@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from rllava_core.config import RunConfig
 from rllava_core.engines.world import World, together
 from rllava_core.errors import ConfigError
-from rllava_core.mdp.rewards import WeightedReward, score
+from rllava_core.mdp.rewards import WeightedReward, scores_of, with_scores
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
 
@@ -38,14 +37,8 @@ def agree(world: World, config: RunConfig, registry: Registry) -> None:
 def score_once(world: World, trajectories: Sequence[Trajectory], rewards: Sequence[WeightedReward]) -> list[Trajectory]:
     """Trajectories with their scores, which the first process asks for: rewards may be dear, or judge a whole."""
 
-    def ask() -> list[tuple[Mapping[str, float], float]]:
-        scored = score(trajectories, rewards) if world.rank == 0 else []
-        return [(item.scores, item.score) for item in scored]
-
-    [found, *_] = together(world, ask)
-    return [
-        replace(item, scores=scores, score=total) for item, (scores, total) in zip(trajectories, found, strict=True)
-    ]
+    [found, *_] = together(world, lambda: scores_of(trajectories, rewards) if world.rank == 0 else {})
+    return with_scores(trajectories, found, rewards)
 
 
 def _listed(plugins: dict[str, str]) -> str:
