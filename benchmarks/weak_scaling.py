@@ -5,7 +5,7 @@
 Throughput is sampled and trained trajectories a second over the measured steps of a real run (`rllava train`, GRPO),
 evaluations and start left out. The two take turns; medians of all rounds are compared.
 
-base: a model of 14 million parameters, one prompt a process with an image of 256 tokens, 8 answers of 32 tokens.
+base: a model of 14 million parameters, 4 prompts a process with images of 256 tokens, 8 answers of 32 tokens.
 digits: the README's example, whose model of 0.27 million leaves half of a step to Python. What every process does of
 all trajectories (gather, score, prepare) then counts most.
 """
@@ -23,8 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parent / "examples" / "digits.yaml"
-PROMPTS = {"digits": 32, "base": 1}
-WARM_UP = 3
+PROMPTS = {"digits": 32, "base": 4}
+STEPS = {"digits": 12, "base": 5}
+WARM_UP = 2
 BAR = 1.7
 
 
@@ -36,7 +37,7 @@ def config_of(shape: str, steps: int, directory: Path) -> Path:
 
     path = directory / "config.yaml"
     workloads.write_model(workloads.BASE, directory / "model")
-    data = workloads.write_data(workloads.BASE, directory / "data", 2 * steps)
+    data = workloads.write_data(workloads.BASE, directory / "data", 2 * PROMPTS[shape] * steps)
     workloads.write_config(workloads.BASE, directory / "model", data, path, steps, shared=True)
     # `workloads` is a plugin; for runs in processes of their own it must be an installed one.
     installed = directory / "rllava_workloads-0.0.dist-info"
@@ -79,11 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(PROMPTS), default="base")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of each run")
+    parser.add_argument("--steps", type=int, help="measured steps of each run; default: by the shape")
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
     parser.add_argument("--json", type=Path, help="where to write everything that was measured")
     arguments = parser.parse_args()
-    steps = arguments.steps
+    steps = arguments.steps or STEPS[arguments.shape]
     found: dict[int, list[float]] = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)

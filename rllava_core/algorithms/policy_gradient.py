@@ -123,6 +123,8 @@ class PolicyGradient:
     def prepare(
         self, trajectories: Sequence[Trajectory], policy: PolicyAccess
     ) -> Generator[Batch, Mapping[str, float] | None, None]:
+        # Of the state that the loop has seeded, whatever else draws from it while this step trains.
+        generator = torch.Generator().manual_seed(torch.initial_seed())
         rollouts = Rollouts.of(trajectories)
         columns = {"old_logprobs": rollouts.old_logprobs}
         if self.copies:
@@ -143,7 +145,7 @@ class PolicyGradient:
             columns |= {"importance": weights, "advantages": columns["advantages"] * weights}
         _check_columns(columns, int(rollouts.decisions.sum()))
         for _ in range(self.config.epochs):
-            for chosen in _minibatches(rollouts.group, self.config.minibatches):
+            for chosen in _minibatches(rollouts.group, self.config.minibatches, generator):
                 metrics = yield self._batch(rollouts, columns, chosen)
                 if metrics is not None and self.stops(metrics):
                     return
@@ -200,17 +202,14 @@ def _check_columns(columns: Mapping[str, Tensor], decisions: int) -> None:
             )
 
 
-def _minibatches(group: Tensor, count: int) -> list[list[int]]:
-    """Trajectory numbers of each minibatch: whole groups, in a random order where there are several.
-
-    Uses torch's global random state, which the loop seeds anew for every step.
-    """
+def _minibatches(group: Tensor, count: int, generator: torch.Generator) -> list[list[int]]:
+    """Trajectory numbers of each minibatch: whole groups, in a random order where there are several."""
     if count == 1:
         return [list(range(len(group)))]
     members: dict[int, list[int]] = {}
     for number, label in enumerate(group.tolist()):
         members.setdefault(label, []).append(number)
     labels = list(members)
-    order = torch.randperm(len(labels)).tolist()
+    order = torch.randperm(len(labels), generator=generator).tolist()
     shares = [order[part::count] for part in range(min(count, len(labels)))]
     return [[number for place in share for number in members[labels[place]]] for share in shares]

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from rllava_core.config import Options
+
+if TYPE_CHECKING:
+
+    class Overlapping(Options):
+        """Options of an engine that can sample while the policy is trained."""
+
+else:
+    # The key is a word of Python's, so that no class body can declare it.
+    _AHEAD = Field(
+        default=0,
+        description="1: sample the next step's episodes while this step trains, by the weights that it began with; "
+        "needs algorithm.importance",
+    )
+    Overlapping = create_model("Overlapping", __base__=Options, **{"async": (Literal[0, 1], _AHEAD)})
+
+
+def overlaps(config: Options) -> bool:
+    """Whether a rollout engine's config asks for the next step's episodes while this one trains."""
+    return bool(getattr(config, "async", 0))
 
 
 class LocalTrainConfig(Options):
@@ -56,7 +75,7 @@ class LocalTrainConfig(Options):
     )
 
 
-class LocalRolloutConfig(Options):
+class LocalRolloutConfig(Overlapping):
     """`engine: {rollout: {name: local, …}}`"""
 
     max_sequences: int = Field(default=512, ge=1, description="sequences decoded at once, which bounds the cache")

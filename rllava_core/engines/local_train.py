@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -17,10 +17,10 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.engines.config import LocalTrainConfig
 from rllava_core.engines.offloading import kept_on_host
-from rllava_core.engines.parallel import OneProcess, Parallel, Pass, Replicated, Sharded
+from rllava_core.engines.parallel import OneProcess, Parallel, Pass, Replicated, Sharded, trained
 from rllava_core.engines.protocol import TrainSetup
 from rllava_core.engines.shares import in_order, shares_of
-from rllava_core.engines.updates import StreamedUpdate, Update, WholeUpdate, optimizer_of
+from rllava_core.engines.updates import StreamedUpdate, Update, optimizer_of
 from rllava_core.engines.world import lost, summed
 from rllava_core.errors import ConfigError, TrainingError
 from rllava_core.mdp.trajectory import Segment, Trajectory
@@ -28,11 +28,16 @@ from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.policy import Policy, PolicyOutput
 from rllava_core.policy.trained import load_part_state, part_state, trained_names
 
+Share = Callable[[Accelerator, Policy], Parallel]
+
 
 class LocalTrainEngine:
-    """One device; one process, or one of several that compute a step together."""
+    """One device; one process, or one of several that compute a step together.
 
-    def __init__(self, config: LocalTrainConfig, setup: TrainSetup) -> None:
+    share: how several do that; None: as the config says.
+    """
+
+    def __init__(self, config: LocalTrainConfig, setup: TrainSetup, share: Share | None = None) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.train.device is cuda, but torch finds no CUDA device; use auto or cpu")
         self.policy = setup.policy
@@ -43,7 +48,10 @@ class LocalTrainEngine:
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
         streamed = config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward
-        self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
+        if share is not None and self._accelerator.num_processes > 1:
+            self._parallel = share(self._accelerator, self.policy)
+        else:
+            self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
         self.world = self._parallel.world
         packed = config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed
         trees = self.policy.adapter.takes_trees
@@ -55,19 +63,14 @@ class LocalTrainEngine:
         self._parallel.trained.recompute(config.checkpoint_activations)
         make = optimizer_of(config, setup.training)
         limit = setup.training.max_grad_norm
-        self._update: Update
-        optimizer = self._parallel.prepare(None if streamed else make)
-        if optimizer is None:
-            self._update = StreamedUpdate(
-                [parameter for parameter in self.policy.parameters() if parameter.requires_grad],
-                make,
-                limit,
-                on_cpu=config.optimizer_on_cpu,
-                at_once=config.step_in_backward,
-                stochastic=config.stochastic_rounding,
-            )
-        else:
-            self._update = WholeUpdate(optimizer, self._parallel.clipped, limit)
+        self._update: Update = self._parallel.prepare(None if streamed else make, limit) or StreamedUpdate(
+            trained(self.policy),
+            make,
+            limit,
+            on_cpu=config.optimizer_on_cpu,
+            at_once=config.step_in_backward,
+            stochastic=config.stochastic_rounding,
+        )
         # Dropout would make the log-probs of sampling and training differ.
         self.policy.eval()
         self._parallel.trained.eval()
@@ -92,7 +95,7 @@ class LocalTrainEngine:
                         wrong = f"the loss became {result.total.item()} on {_describe(item.batch or batch)}"
                         if self.world.size == 1:
                             raise TrainingError(wrong)
-                    self._accelerator.backward(result.total)
+                    self._parallel.backward(result.total)
                 for name, value in result.metrics.items():
                     metrics[name] += float(value)
             norm = self._update.finish()

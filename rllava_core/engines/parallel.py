@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rllava_core.algorithms.protocol import Batch
+from rllava_core.engines.updates import Update, WholeUpdate
 from rllava_core.engines.world import Alone, Processes, World
 from rllava_core.errors import ConfigError
 from rllava_core.mdp.trajectory import ContextSegment, Trajectory
@@ -61,8 +62,11 @@ class Parallel(Protocol):
     module: Callable[..., Any]
     packed: bool
 
-    def prepare(self, make: Make | None) -> Optimizer | None:
-        """Wrap the policy, and make the optimizer of its trained parameters unless `make` is None."""
+    def prepare(self, make: Make | None, limit: float | None) -> Update | None:
+        """Wrap the policy; and unless `make`, of an optimizer of the trained parameters, is None, say how to step.
+
+        limit: largest norm of the gradients, or none.
+        """
         ...
 
     def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
@@ -73,8 +77,8 @@ class Parallel(Protocol):
         """Around one pass: whether gradients are averaged with it."""
         ...
 
-    def clipped(self, limit: float) -> Tensor:
-        """Clip the gradients of the trained parameters; their norm before that, over all processes."""
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of one pass."""
         ...
 
     def stepped(self) -> None:
@@ -101,13 +105,12 @@ class OneProcess:
         self.module: Callable[..., Any] = policy
         self._accelerator = accelerator
 
-    def prepare(self, make: Make | None) -> Optimizer | None:
+    def prepare(self, make: Make | None, limit: float | None) -> Update | None:
         if make is None:
             self.module = self._accelerator.prepare(self.trained)
             return None
-        self.module, optimizer = self._accelerator.prepare(self.trained, make(_trained(self.trained)))
-        found: Optimizer = optimizer
-        return found
+        self.module, optimizer = self._accelerator.prepare(self.trained, make(trained(self.trained)))
+        return WholeUpdate(optimizer, self._clipped, limit)
 
     def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
         return [Pass(micro) for micro in micro_batches(self.world.rank)]
@@ -115,8 +118,8 @@ class OneProcess:
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def clipped(self, limit: float) -> Tensor:
-        return torch.as_tensor(self._accelerator.clip_grad_norm_(self.trained.parameters(), limit))
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
 
     def stepped(self) -> None:
         return
@@ -126,6 +129,9 @@ class OneProcess:
 
     def placed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return state
+
+    def _clipped(self, limit: float) -> Tensor:
+        return torch.as_tensor(self._accelerator.clip_grad_norm_(self.trained.parameters(), limit))
 
 
 class Replicated(OneProcess):
@@ -162,7 +168,7 @@ class Sharded:
         self.trained = policy.copied()
         self.module: Callable[..., Any] = self.trained
 
-    def prepare(self, make: Make | None) -> Optimizer | None:
+    def prepare(self, make: Make | None, limit: float | None) -> Update | None:
         mesh = torch.distributed.device_mesh.init_device_mesh(self._policy.device.type, (self.world.size,))
         ignored = {item for item in self.trained.parameters() if not item.requires_grad}
         # Heads are called one by one, and may be of another precision than the model.
@@ -172,35 +178,21 @@ class Sharded:
             fully_shard(unit, mesh=mesh, ignored_params=ignored)
         fully_shard(self.trained, mesh=mesh, ignored_params=ignored)
         self.module = self._in_precision
-        return None if make is None else make(_trained(self.trained))
+        return None if make is None else WholeUpdate(make(trained(self.trained)), self._clipped, limit)
 
     def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
-        """As many for every process, with images in all or none of the same number."""
-        rounds = [micro_batches(rank) for rank in range(self.world.size)]
-        found = []
-        for number in range(max(map(len, rounds))):
-            together = [own[number] if number < len(own) else None for own in rounds]
-            mine = together[self.world.rank]
-            seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
-            filler = None
-            if any(seen) and not seen[self.world.rank]:
-                filler = _shortest([item for item in batch.trajectories if _shows(item)])
-            elif mine is None:
-                filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
-            found.append(Pass(mine, filler))
-        return found
+        return in_step(self.world, micro_batches, batch)
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         # With every pass: gradients that wait would be those of all weights.
         return nullcontext()
 
-    def clipped(self, limit: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(_trained(self.trained), limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
 
     @torch.no_grad()
     def stepped(self) -> None:
-        for own, shard in zip(_trained(self._policy), _trained(self.trained), strict=True):
+        for own, shard in zip(trained(self._policy), trained(self.trained), strict=True):
             own.copy_(_full(shard))
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,8 +204,8 @@ class Sharded:
 
     @torch.no_grad()
     def placed(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        shards = _trained(self.trained)
-        for own, shard in zip(_trained(self._policy), shards, strict=True):
+        shards = trained(self.trained)
+        for own, shard in zip(trained(self._policy), shards, strict=True):
             shard.copy_(_like(own.detach(), shard))
         held = {
             number: {
@@ -224,12 +216,34 @@ class Sharded:
         }
         return {**state, "state": held}
 
+    def _clipped(self, limit: float) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(trained(self.trained), limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _in_precision(self, *arguments: Any, **named: Any) -> Any:
         with self._accelerator.autocast():
             return self.trained(*arguments, **named)
 
 
-def _trained(module: nn.Module) -> list[nn.Parameter]:
+def in_step(world: World, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
+    """As many passes for every process, with images in all or none of the same number."""
+    rounds = [micro_batches(rank) for rank in range(world.size)]
+    found = []
+    for number in range(max(map(len, rounds))):
+        together = [own[number] if number < len(own) else None for own in rounds]
+        mine = together[world.rank]
+        seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
+        filler = None
+        if any(seen) and not seen[world.rank]:
+            filler = _shortest([item for item in batch.trajectories if _shows(item)])
+        elif mine is None:
+            filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
+        found.append(Pass(mine, filler))
+    return found
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that an optimizer steps on."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 

@@ -109,6 +109,9 @@ class RolloutEngine(Protocol):
     An engine may also have a method `report() -> Mapping[str, float]`, which is asked once a step and once an
     evaluation for what else there is to say since it was last asked; reported as `engine/KEY`. And `close()`, which is
     called when the run is over.
+
+    One whose config is an `Overlapping` (`rllava_core.engines.config`) can sample while the policy is trained: with
+    `async: 1`, `generate` and `forget` may be called in another thread meanwhile, and `sync` never while they are.
     """
 
     def generate(

@@ -43,6 +43,9 @@ CUDA_CONTEXT = 600 * MIB
 CUDA_HOST = 2048 * MIB
 """Host memory of a process that uses CUDA, over one that does not. Not yet measured by us."""
 
+LABELS = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "activations": "activations"}
+"""What passes take for a while, by the name that it has where it is traced, and where it is shown."""
+
 MEDIA_LIMIT = 2**30
 """`MediaStore`'s limit."""
 
@@ -193,7 +196,7 @@ class _Subject:
         self.trained = sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
         self.weights = _bytes(self.policy.model)
         self.other_weights = _bytes(self.policy) - self.weights
-        self.copies = len(request.copies) * _own_bytes(self.policy)
+        self.copies = (len(request.copies) + request.acting_copy) * _own_bytes(self.policy)
         self._measured: dict[object, Footprint] = {}
 
     @cached_property
@@ -290,7 +293,10 @@ class _Parts:
             found.append(self._phase("image probe", kept, subject.probe(first)))
         if request.rollouts:
             groups = max(1, min(request.own_prompts, limit // workload.group_size))
-            found.append(self._phase("rollout", kept, subject.sampling(groups, workload.group_size)))
+            sampling = subject.sampling(groups, workload.group_size)
+            found.append(self._phase("rollout", kept, sampling))
+            if request.acting_copy:
+                kept["sampling meanwhile"] = sum(sampling.peak.get(label, 0) for label in LABELS)
         if request.copies:
             found.append(self._phase("reference", kept, subject.evaluation(self.micro_batch)))
         gradients, on_host = self._gradients()
@@ -304,6 +310,7 @@ class _Parts:
         else:
             step["optimizer's step"] = self.step_needs
         found.append(self._placed("optimizer", step, host))
+        kept.pop("sampling meanwhile", None)
         found.append(self._checkpoint(kept))
         return found
 
@@ -324,15 +331,14 @@ class _Parts:
         return self.update.peak.get("gradients", 0) + beside, 0
 
     def _phase(self, name: str, kept: Mapping[str, int], footprint: Footprint, gradients: int = 0) -> Phase:
-        labels = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "activations": "activations"}
-        device = {**kept, **{title: footprint.peak.get(label, 0) for label, title in labels.items()}}
+        device = {**kept, **{title: footprint.peak.get(label, 0) for label, title in LABELS.items()}}
         host = {**self._host(), "gradients on the CPU": gradients, "offloaded activations": footprint.host}
         return self._placed(name, device, host)
 
     def _host(self) -> dict[str, int]:
         workload, media = self.request.workload, self.subject.media.bytes
         # Every process holds the trajectories of all.
-        images = workload.prompts * workload.images * workload.turns
+        images = workload.prompts * workload.images * workload.turns * (1 + self.request.acting_copy)
         return {
             "process": PROCESS if self.request.device == "cpu" else CUDA_HOST,
             "images": min(MEDIA_LIMIT, images * media),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig, TrainingSection
-from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig
+from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig, overlaps
 from rllava_core.errors import ConfigError
 from rllava_core.planning.workload import Workload
 from rllava_core.plugins import Component
@@ -58,6 +58,7 @@ class Request:
     minibatches: optimizer steps of a pass over a step's episodes; epochs: passes.
     entropy: whether the loss has a gradient through entropies.
     copies: names of the frozen copies of the policy that the algorithm keeps.
+    acting_copy: one more acts while the policy is trained.
     rollouts: whether episodes are sampled, or demonstrated.
     device: where the model is.
     evaluated: held-out episodes; None: not known, many.
@@ -70,6 +71,7 @@ class Request:
     training: TrainingSection
     heads: Mapping[str, Head] = field(default_factory=dict)
     copies: Sequence[str] = ()
+    acting_copy: bool = False
     minibatches: int = 1
     epochs: int = 1
     entropy: bool = False
@@ -138,6 +140,7 @@ def request_of_config(resolved: ResolvedConfig, sizes: Mapping[str, Any]) -> Req
             for name, head in made.heads.items()
         },
         copies=tuple(made.copies),
+        acting_copy=overlaps(rollout),
         minibatches=1 if gradient is None else gradient.minibatches,
         epochs=1 if gradient is None else gradient.epochs,
         entropy=gradient is not None and gradient.entropy_coefficient != 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from threading import Lock
 
 from rllava_core.mdp.images import Image
 from rllava_core.policy.adapter import Features, ModelAdapter
@@ -13,7 +14,7 @@ class MediaStore:
     """Features by content hash, the least recently used dropped beyond a limit of bytes.
 
     Trajectories keep their images, so an entry that was dropped is made again from the same pixels: the limit bounds
-    memory and changes no result.
+    memory and changes no result. Threads may ask at the same time.
     """
 
     def __init__(self, adapter: ModelAdapter, limit_bytes: int = 2**30) -> None:
@@ -21,10 +22,12 @@ class MediaStore:
         self._limit = limit_bytes
         self._entries: OrderedDict[str, Features] = OrderedDict()
         self._bytes = 0
+        self._lock = Lock()
 
     def features(self, images: Sequence[Image]) -> list[Features]:
         """The features of each image, in order. Raises DataError for an image that the model cannot take."""
-        return [self._get(image) for image in images]
+        with self._lock:
+            return [self._get(image) for image in images]
 
     def _get(self, image: Image) -> Features:
         entry = self._entries.get(image.digest)

@@ -11,6 +11,7 @@ import torch
 
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
+from rllava_core.engines.config import overlaps
 from rllava_core.engines.protocol import AnswerSetup, RolloutEngine, RolloutSetup, TrainEngine, TrainSetup, close
 from rllava_core.errors import ConfigError, DataError, PluginError, RllavaError, TrainingError
 from rllava_core.mdp.environment import Failure, Start
@@ -145,6 +146,10 @@ def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack,
     if learning:
         task.examples("train")
     algorithm: Algorithm = resolved.algorithm.create()
+    if learning:
+        _check_overlap(resolved, algorithm)
+    else:
+        resolved = _without_overlap(resolved)
     observation = _first_observation(task, run.training.seed)
     # Nobody acts by a critic with a trunk of its own.
     declared = {name: head for name, head in algorithm.heads.items() if learning or not head.own_trunk}
@@ -172,7 +177,36 @@ def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack,
     ending.callback(close, sampler)
     world = trainer.world
     episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits, world=world)
+    ending.callback(episodes.close)
     return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler, ending.pop_all())
+
+
+def _check_overlap(resolved: ResolvedConfig, algorithm: Algorithm) -> None:
+    """Raises ConfigError for episodes sampled ahead by an algorithm that would take them for the policy's own."""
+    if not overlaps(resolved.rollout_engine.config):
+        return
+    name = f"algorithm {resolved.algorithm.component.spec.name!r}"
+    importance = getattr(resolved.algorithm.config, "importance", None)
+    if algorithm.experience != "rollouts":
+        problem = f"samples ahead, and {name} samples nothing"
+    elif importance is None:
+        problem = f"trains on what the weights of one step before have sampled, and {name} has no correction for that"
+    elif importance == "none":
+        problem = (
+            "trains on what the weights of one step before have sampled: correct that by algorithm.importance=token, "
+            "or sequence"
+        )
+    else:
+        return
+    raise ConfigError(f"engine.rollout.async: 1 {problem}; without it: engine.rollout.async=0")
+
+
+def _without_overlap(resolved: ResolvedConfig) -> ResolvedConfig:
+    """The same, with a rollout engine that acts by the policy itself."""
+    if not overlaps(resolved.rollout_engine.config):
+        return resolved
+    config = resolved.rollout_engine.config.model_copy(update={"async": 0})
+    return replace(resolved, rollout_engine=replace(resolved.rollout_engine, config=config))
 
 
 def _first(

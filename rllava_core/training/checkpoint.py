@@ -49,7 +49,11 @@ def save(directory: Path, parts: Parts, progress: Progress) -> Path:
     Raises TrainingError, in all of them, leaving earlier checkpoints as they were.
     """
     target = directory / f"step-{progress.step:06d}"
-    state = {"trainer": parts.trainer.state_dict(), "algorithm": parts.algorithm.state_dict()}
+    state = {
+        "trainer": parts.trainer.state_dict(),
+        "algorithm": parts.algorithm.state_dict(),
+        "episodes": parts.episodes.state_dict(),
+    }
     world = parts.trainer.world
     together(world, lambda: _write(target, state, parts, progress) if world.rank == 0 else None)
     return target
@@ -84,6 +88,7 @@ def restore(checkpoint: Path, parts: Parts) -> Progress:
         state = load_tree(checkpoint / "resume" / "state")
         parts.trainer.load_state_dict(state["trainer"])
         parts.algorithm.load_state_dict(state["algorithm"])
+        parts.episodes.load_state_dict(state["episodes"])
         # An engine with weights of its own has those from before what was restored: adapters are merged on the way.
         parts.sampler.sync(parts.trainer.policy)
         return Progress(**json.loads((checkpoint / "resume" / "progress.json").read_text(encoding="utf-8")))

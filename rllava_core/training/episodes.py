@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Literal
+from threading import Event
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from rllava_core.engines.protocol import RolloutEngine
 from rllava_core.engines.world import Alone, World, together
@@ -28,6 +31,7 @@ from rllava_core.policy.checks import check_length
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.sampling import Request
 from rllava_core.training.conversations import Conversation, Renderer
+from rllava_core.training.recording import Recorded, Recorder, Turns, merged, turns_of, turns_state
 from rllava_core.training.seeds import derive
 
 
@@ -49,6 +53,18 @@ class Timing:
     environment: list[float] = field(default_factory=list)
 
 
+_Played = tuple[list[Trajectory], list[tuple[str, Failure]]]
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Episodes that are being played while the policy is trained."""
+
+    seed: int
+    playing: Future[_Played]
+    recorder: Recorder
+
+
 class Episodes:
     """Plays groups of episodes with the policy, or writes them down from the examples' own answers.
 
@@ -56,6 +72,7 @@ class Episodes:
     report: told of every environment that failed, by the name of its episode.
     world: the processes that play a share of the groups each; all of them then have all episodes.
     timing: of the last `play`, of this process.
+    behind: how many optimizer steps older than now the weights were that played the last episodes.
     """
 
     def __init__(
@@ -77,6 +94,13 @@ class Episodes:
         self._renderer = Renderer(adapter, media)
         self.report = report
         self.timing = Timing()
+        self.behind = 0
+        # Casts of weights are kept for a forward pass, in one place for all threads, and dropped by whoever leaves its
+        # outermost autocast: not by this thread, in the middle of another's pass.
+        self._thread = ThreadPoolExecutor(1, "rollout", initializer=torch.autocast_increment_nesting)
+        self._closed = Event()
+        self._ahead: _Ahead | None = None
+        self._recorded: tuple[int, Turns] | None = None
 
     def play(
         self, starts: Sequence[Start], group_size: int, seed: int | None, behaviour: Behaviour | None = None
@@ -86,9 +110,58 @@ class Episodes:
         An episode whose environment failed ends with the turn before, or is left out if there was none. One whose
         action is none of the choices that were offered ends with it.
         """
-        self.timing = Timing()
-        mine = range(self.world.rank, len(starts), self.world.size)
-        played = together(self.world, lambda: (self._play(starts, mine, group_size, seed, behaviour), self._failures))
+        ahead, recorded = self._ahead, self._recorded
+        self.behind = 0
+        if ahead is not None and ahead.seed == seed:
+            self._ahead, self.behind = None, 1
+            return self._of_all(ahead.playing.result)
+        if recorded is not None and recorded[0] == seed:
+            self._recorded, self.behind = None, 1
+            engine: RolloutEngine = Recorded(recorded[1])
+        else:
+            engine = self._sampler
+        return self._of_all(lambda: self._play(starts, group_size, seed, behaviour, engine))
+
+    def play_ahead(self, starts: Sequence[Start], group_size: int, seed: int, behaviour: Behaviour) -> None:
+        """Begin what `play` will be asked for with this seed, in a thread of its own.
+
+        By the weights that the engine has now; until `wait`, nothing else may be asked of the engine.
+        """
+        recorder = Recorder(self._sampler)
+        playing = self._thread.submit(self._play, starts, group_size, seed, behaviour, recorder)
+        self._ahead = _Ahead(seed, playing, recorder)
+
+    def wait(self) -> None:
+        """Until the episodes of `play_ahead` are over, in all processes; what went wrong is told by `play`."""
+        if self._ahead is not None:
+            wait([self._ahead.playing])
+            # Who gives an engine new weights may not be done before the others.
+            self.world.gathered(None)
+
+    def close(self) -> None:
+        """Leave what was begun after the turn that it is in; nothing is played any more."""
+        self._closed.set()
+        self._thread.shutdown()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was played ahead, so that it need not be played by weights that are gone. All processes must call it."""
+        ahead = self._ahead
+        if ahead is None:
+            return {}
+        # An environment that failed once would not fail again, and what an engine did not answer is not there: resuming
+        # plays such episodes anew.
+        broken = ahead.playing.exception() is not None or bool(ahead.playing.result()[1])
+        found = self.world.gathered(None if broken else ahead.recorder.turns)
+        turns = [own for own in found if own is not None]
+        return {"seed": ahead.seed, "turns": turns_state(merged(turns))} if len(turns) == len(found) else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._recorded = (state["seed"], turns_of(state["turns"])) if state else None
+
+    def _of_all(self, play: Callable[[], _Played]) -> list[Trajectory]:
+        """What all processes played, in the order of one."""
+        played = together(self.world, play)
         for name, failure in [item for _, failures in played for item in failures]:
             if self.report is not None:
                 self.report(name, failure)
@@ -98,13 +171,15 @@ class Episodes:
     def _play(
         self,
         starts: Sequence[Start],
-        mine: Sequence[int],
         group_size: int,
         seed: int | None,
         behaviour: Behaviour | None,
-    ) -> list[Trajectory]:
-        """The episodes of these groups."""
+        engine: RolloutEngine,
+    ) -> _Played:
+        """The episodes of this process's groups, and what became of environments that failed."""
+        self.timing = Timing()
         self._failures = []
+        mine = range(self.world.rank, len(starts), self.world.size)
         members = [(group, member) for group in mine for member in range(group_size)]
         observed = self._environments.reset([starts[group] for group, _ in members])
         episodes = [
@@ -125,12 +200,14 @@ class Episodes:
         turn = 0
         try:
             while running := [number for number, episode in enumerate(episodes) if not episode.over]:
-                self._turn(episodes, running, None if seed is None else derive(seed, turn), behaviour)
+                if self._closed.is_set():
+                    raise TrainingError("the run is over")
+                self._turn(episodes, running, None if seed is None else derive(seed, turn), behaviour, engine)
                 turn += 1
         finally:
-            self._sampler.forget()
+            engine.forget()
             self._renderer.forget()
-        return [episode.finish() for episode in episodes if episode.turns]
+        return [episode.finish() for episode in episodes if episode.turns], self._failures
 
     def report_of_engine(self) -> dict[str, float]:
         """What the engine says of itself since it was last asked, if it says anything, as metrics."""
@@ -162,10 +239,15 @@ class Episodes:
         return trajectories
 
     def _turn(
-        self, episodes: Sequence[_Episode], running: Sequence[int], seed: int | None, behaviour: Behaviour | None
+        self,
+        episodes: Sequence[_Episode],
+        running: Sequence[int],
+        seed: int | None,
+        behaviour: Behaviour | None,
+        engine: RolloutEngine,
     ) -> None:
         began = time.perf_counter()
-        actions = self._act(episodes, running, seed, behaviour)
+        actions = self._act(episodes, running, seed, behaviour, engine)
         decided = time.perf_counter()
         understood = {number: action for number, action in actions.items() if not episodes[number].offered_not(action)}
         transitions = self._environments.step({number: _as_action(action) for number, action in understood.items()})
@@ -182,7 +264,12 @@ class Episodes:
                 self._limit(episode)
 
     def _act(
-        self, episodes: Sequence[_Episode], running: Sequence[int], seed: int | None, behaviour: Behaviour | None
+        self,
+        episodes: Sequence[_Episode],
+        running: Sequence[int],
+        seed: int | None,
+        behaviour: Behaviour | None,
+        engine: RolloutEngine,
     ) -> dict[int, ActionSegment]:
         """An action for each running episode. Those that see the same make one request."""
         alike: dict[object, list[int]] = {}
@@ -190,7 +277,7 @@ class Episodes:
             seen = tuple(map(id, episodes[number].conversation.context))
             alike.setdefault((seen, episodes[number].observation.choices), []).append(number)
         requests = [self._request([episodes[number] for number in numbers]) for numbers in alike.values()]
-        answers = self._sampler.generate(requests, seed, behaviour)
+        answers = engine.generate(requests, seed, behaviour)
         actions = {
             number: action
             for numbers, given in zip(alike.values(), answers, strict=True)

@@ -10,18 +10,20 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from rllava_core.algorithms.protocol import Batch, Loss, LossFunction, fed_back
 from rllava_core.config import ResolvedConfig
+from rllava_core.engines.config import overlaps
 from rllava_core.errors import InvariantError, RewardError, TrainingError, what_happened
 from rllava_core.errors import describe as describe_error
 from rllava_core.mdp.environment import Failure, Start
 from rllava_core.mdp.rewards import reports
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.plugins import Registry
+from rllava_core.policy.behaviour import Behaviour
 from rllava_core.policy.checks import check_recomputed
 from rllava_core.policy.policy import PolicyOutput
 from rllava_core.training import checkpoint
@@ -89,6 +91,15 @@ def train(
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 
 
+class _Rollout(NamedTuple):
+    """What is asked of `Episodes` for a step."""
+
+    starts: list[Start]
+    group_size: int
+    seed: int
+    behaviour: Behaviour
+
+
 class _Run:
     """A run under way."""
 
@@ -118,6 +129,7 @@ class _Run:
         self.episodes = parts.episodes
         self.episodes.report = self._failed
         examples = parts.task.examples("train")
+        self.overlaps = overlaps(resolved.rollout_engine.config)
         self.order = None if examples is None else DataOrder(examples, self.training.seed)
 
     def execute(self) -> dict[str, Any]:
@@ -211,22 +223,24 @@ class _Run:
         algorithm, trainer = self.parts.algorithm, self.parts.trainer
         clock = Clock()
         seed_everything(derive(self.training.seed, GLOBAL, step))
-        starts = self._starts(step)
-        behaviour = algorithm.behaviour()
         failed_before = sum(self.progress.failures.values())
+        sampled = False
         if algorithm.experience == "rollouts":
-            seed = derive(self.training.seed, SAMPLING, step)
-            trajectories = self.episodes.play(starts, algorithm.group_size, seed, behaviour)
+            asked = self._rollout(step)
+            trajectories = self.episodes.play(*asked)
+            sampled = asked.behaviour.is_policy and not self.episodes.behind
         else:
-            trajectories = self.episodes.demonstrate(starts)
+            trajectories = self.episodes.demonstrate(self._starts(step))
         if not trajectories:
             raise TrainingError("the environments of all episodes failed before their first turn was done")
         clock.lap("rollout")
+        # After the last step, too: a later last step may be asked for.
+        if self.overlaps:
+            self.episodes.play_ahead(*self._rollout(step + 1))
         trajectories = score_once(self.world, trajectories, self.parts.task.rewards)
         clock.lap("reward")
         # Whatever was drawn meanwhile, in some of the processes only.
         seed_everything(derive(self.training.seed, GLOBAL, step, 1))
-        sampled = algorithm.experience == "rollouts" and behaviour.is_policy
         fresh = {id(action) for trajectory in trajectories for action in trajectory.actions} if sampled else set()
         rate = learning_rate(self.training, step)
         updates: list[Mapping[str, float]] = []
@@ -236,6 +250,11 @@ class _Run:
             loss = algorithm.loss if updates else self._checked(algorithm.loss, batch, fresh)
             updates.append(trainer.step(batch, loss, rate))
         clock.lap("update")
+        overlap = {}
+        if self.overlaps:
+            overlap["rollout/behind"] = float(self.episodes.behind)
+            self.episodes.wait()
+            clock.lap("wait")
         self.parts.sampler.sync(trainer.policy)
         clock.lap("sync")
         if self.writes and self.training.sample_every and step % self.training.sample_every == 0:
@@ -243,7 +262,7 @@ class _Run:
         metrics = {**describe(trajectories, self.parts.task), **mean(updates), **algorithm.report()}
         metrics |= {**reports(self.parts.task.rewards), **self.episodes.report_of_engine()}
         failures = sum(self.progress.failures.values()) - failed_before
-        return {**metrics, "rollout/environment_failures": float(failures), **clock.laps}
+        return {**metrics, **overlap, "rollout/environment_failures": float(failures), **clock.laps}
 
     def _checked(self, loss: LossFunction, batch: Batch, fresh: Collection[int]) -> LossFunction:
         """The loss, after a check that what is trained is what was sampled.
@@ -275,6 +294,10 @@ class _Run:
         failures[failure.what] = failures.get(failure.what, 0) + 1
         if failures[failure.what] == 1 and len(failures) <= _KINDS_SHOWN:
             self.observer.warned(f"step {self.progress.step + 1}: {what}; its episode ends here and the run goes on")
+
+    def _rollout(self, step: int) -> _Rollout:
+        seed, algorithm = derive(self.training.seed, SAMPLING, step), self.parts.algorithm
+        return _Rollout(self._starts(step), algorithm.group_size, seed, algorithm.behaviour())
 
     def _starts(self, step: int) -> list[Start]:
         count = self.training.prompts_per_step

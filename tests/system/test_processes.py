@@ -175,6 +175,9 @@ def compute(root: Path) -> Path:
         job_of(root, 2, "cut", train(RESUMED, "resumed-1", "training.steps=3")),
         job_of(root, 2, "cut again", train(RESUMED, "resumed-4", "training.steps=3")),
         job_of(root, 2, "longer", train(CASES[:1], "longer", *LONGER)),
+        job_of(root, 1, "ahead-1", train(CASES[:1], "ahead-1", *AHEAD)),
+        job_of(root, 2, "ahead cut", train(CASES[:1], "ahead-2", *AHEAD, "training.save_every=3", "training.steps=3")),
+        job_of(root, 2, "ahead-2", train(CASES[:1], "ahead-2", *AHEAD, "--resume")),
         job_of(root, 1, "resumed-1", train(RESUMED, "resumed-1", "--resume")),
         job_of(root, 4, "resumed-4", train(RESUMED, "resumed-4", "--resume")),
     ]
@@ -187,6 +190,7 @@ def compute(root: Path) -> Path:
 
 FOUR = ["ddp grpo of one group", "fsdp ppo of one group"]
 LONGER = ("training.steps=20", "training.save_every=1")
+AHEAD = ("engine.rollout.async=1", "algorithm.importance=token")
 RESUMED = [f"{way} ppo of one group" for way in WAYS]
 
 
@@ -213,6 +217,11 @@ def test_a_run_of_two_processes_goes_on_with_another_number(trained: Path, case:
     run = trained / case / f"resumed-{count}"
     assert_same(run, alone(trained, case))
     assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["processes"] == count
+
+
+def test_episodes_sampled_ahead_are_those_of_one_process_and_a_checkpoint_keeps_them(trained: Path) -> None:
+    assert_same(trained / CASES[0] / "ahead-2", trained / CASES[0] / "ahead-1")
+    assert [line["rollout/behind"] for line in metrics(trained / CASES[0] / "ahead-2")[1:]] == [0, 1, 1, 1, 1]
 
 
 def test_one_process_speaks_for_all(trained: Path) -> None:

@@ -18,9 +18,11 @@ KINDS = {
     "state": [],
     "heads": ["algorithm=toy_critic"],
     "reference": ["algorithm.kl_coefficient=0.1", "algorithm.minibatches=2", "training.schedule=cosine"],
+    "ahead": ["engine.rollout.async=1", "algorithm.importance=token", "algorithm.kl_coefficient=0.1"],
     "text": ["task.choices=", "task.max_new_tokens=3", "training.steps=5", "training.weight_decay=0.1"],
 }
-"""What a run may keep from step to step: the algorithm's own state, heads, a reference, nothing but weights."""
+"""What a run may keep from step to step: the algorithm's own state, heads, a reference, episodes sampled ahead, nothing
+but weights."""
 
 _STATE = ("policy.json", "policy.safetensors", "state.json", "state.safetensors")
 
@@ -149,7 +151,7 @@ def test_a_run_killed_at_random_moments_goes_on_exactly(
     same(outcome(tmp_path / "run"), uninterrupted)
 
 
-@pytest.mark.parametrize("kind", ["heads", "reference"])
+@pytest.mark.parametrize("kind", ["heads", "reference", "ahead"])
 def test_ctrl_c_finishes_the_step_saves_it_and_says_how_to_go_on(
     rllava_process: Any, whole: Any, toy_config: Path, tmp_path: Path, kind: str
 ) -> None:

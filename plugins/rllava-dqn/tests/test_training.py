@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rllava_core.config import load
+from rllava_core.errors import ConfigError
 from rllava_core.plugins import load_plugins
 from rllava_core.testing.fixtures import FakeDistribution
 from rllava_core.training.evaluation import Evaluation
@@ -167,3 +168,10 @@ def test_the_step_reports_the_replay_and_epsilon(run_corridor: Callable[..., dic
     assert lines[0]["policy/epsilon"] == 1.0
     assert lines[1]["policy/epsilon"] == pytest.approx(1.0 - 0.95 * turns[0] / 200)
     assert all(line["q/td_error"] >= 0 for line in lines)
+
+
+def test_episodes_sampled_ahead_are_refused(run_corridor: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm 'dqn' has no correction for that"):
+        run_corridor("run", "engine.rollout.async=1")
+
+    assert not (tmp_path / "run").exists()

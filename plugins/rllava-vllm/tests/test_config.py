@@ -17,6 +17,7 @@ from rllava_vllm.serve import flags
     [
         ({"url": "localhost:8000"}, "neither http"),
         ({"start": True}, "mode: server"),
+        ({"async": 1}, "async is for mode: server"),
         ({"mode": "server", "sleep": "always"}, "mode: colocated"),
         ({"mode": "server", "options": {"block_size": 32}}, "started here"),
         ({"options": {"logprobs-mode": "raw_logprobs"}}, "logprobs_mode"),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rllava_core.config import Options
+from rllava_core.engines.config import Overlapping, overlaps
 
 OURS = frozenset(
     {
@@ -28,7 +28,7 @@ OURS = frozenset(
 """Arguments of vLLM that decide whether its answers are the policy's, and so are not the user's to set."""
 
 
-class VLLMConfig(Options):
+class VLLMConfig(Overlapping):
     """`engine: {rollout: {name: vllm, …}}`"""
 
     mode: Literal["colocated", "server"] = Field(
@@ -83,6 +83,8 @@ class VLLMConfig(Options):
 
     @model_validator(mode="after")
     def _fits_the_mode(self) -> VLLMConfig:
+        if self.mode == "colocated" and overlaps(self):
+            raise ValueError("async is for mode: server; a colocated vLLM takes its turn with the trainer")
         if self.mode == "colocated" and self.start:
             raise ValueError("start is for mode: server")
         if self.mode == "server" and self.sleep == "always":
