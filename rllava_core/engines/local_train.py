@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -28,16 +28,11 @@ from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.policy import Policy, PolicyOutput
 from rllava_core.policy.trained import load_part_state, part_state, trained_names
 
-Share = Callable[[Accelerator, Policy], Parallel]
-
 
 class LocalTrainEngine:
-    """One device; one process, or one of several that compute a step together.
+    """One device; one process, or one of several that compute a step together."""
 
-    share: how several do that; None: as the config says.
-    """
-
-    def __init__(self, config: LocalTrainConfig, setup: TrainSetup, share: Share | None = None) -> None:
+    def __init__(self, config: LocalTrainConfig, setup: TrainSetup) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.train.device is cuda, but torch finds no CUDA device; use auto or cpu")
         self.policy = setup.policy
@@ -48,10 +43,7 @@ class LocalTrainEngine:
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
         streamed = config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward
-        if share is not None and self._accelerator.num_processes > 1:
-            self._parallel = share(self._accelerator, self.policy)
-        else:
-            self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
+        self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
         self.world = self._parallel.world
         packed = config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed
         trees = self.policy.adapter.takes_trees
@@ -95,7 +87,7 @@ class LocalTrainEngine:
                         wrong = f"the loss became {result.total.item()} on {_describe(item.batch or batch)}"
                         if self.world.size == 1:
                             raise TrainingError(wrong)
-                    self._parallel.backward(result.total)
+                    self._accelerator.backward(result.total)
                 for name, value in result.metrics.items():
                     metrics[name] += float(value)
             norm = self._update.finish()

@@ -77,10 +77,6 @@ class Parallel(Protocol):
         """Around one pass: whether gradients are averaged with it."""
         ...
 
-    def backward(self, loss: Tensor) -> None:
-        """The gradients of one pass."""
-        ...
-
     def stepped(self) -> None:
         """The optimizer has changed the weights."""
         ...
@@ -117,9 +113,6 @@ class OneProcess:
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
 
     def stepped(self) -> None:
         return
@@ -181,14 +174,23 @@ class Sharded:
         return None if make is None else WholeUpdate(make(trained(self.trained)), self._clipped, limit)
 
     def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
-        return in_step(self.world, micro_batches, batch)
+        rounds = [micro_batches(rank) for rank in range(self.world.size)]
+        found = []
+        for number in range(max(map(len, rounds))):
+            together = [own[number] if number < len(own) else None for own in rounds]
+            mine = together[self.world.rank]
+            seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
+            filler = None
+            if any(seen) and not seen[self.world.rank]:
+                filler = _shortest([item for item in batch.trajectories if _shows(item)])
+            elif mine is None:
+                filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
+            found.append(Pass(mine, filler))
+        return found
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         # With every pass: gradients that wait would be those of all weights.
         return nullcontext()
-
-    def backward(self, loss: Tensor) -> None:
-        self._accelerator.backward(loss)
 
     @torch.no_grad()
     def stepped(self) -> None:
@@ -223,23 +225,6 @@ class Sharded:
     def _in_precision(self, *arguments: Any, **named: Any) -> Any:
         with self._accelerator.autocast():
             return self.trained(*arguments, **named)
-
-
-def in_step(world: World, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
-    """As many passes for every process, with images in all or none of the same number."""
-    rounds = [micro_batches(rank) for rank in range(world.size)]
-    found = []
-    for number in range(max(map(len, rounds))):
-        together = [own[number] if number < len(own) else None for own in rounds]
-        mine = together[world.rank]
-        seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
-        filler = None
-        if any(seen) and not seen[world.rank]:
-            filler = _shortest([item for item in batch.trajectories if _shows(item)])
-        elif mine is None:
-            filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
-        found.append(Pass(mine, filler))
-    return found
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

@@ -39,7 +39,7 @@ def test_every_default_is_written_out(resolve: Resolve) -> None:
     assert written["task"]["environment"] == {"name": "single_turn"}
     assert written["task"]["rewards"] == [{"name": "match", "weight": 1.0, "label": None}]
     assert written["engine"]["train"]["device"] == "auto"
-    assert written["engine"]["rollout"] == {"name": "local", "max_sequences": 512}
+    assert written["engine"]["rollout"] == {"name": "local", "async": 0, "max_sequences": 512}
 
 
 @pytest.mark.parametrize(

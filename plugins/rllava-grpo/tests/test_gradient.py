@@ -103,7 +103,7 @@ def test_every_minibatch_of_every_epoch_has_the_equation_s_gradient(bench: Any, 
         ratios.append(expected.ratio)
 
     assert len(ratios) == 4
-    assert len({round(ratio, 3) for ratio in ratios}) == 4
+    assert len({round(ratio, 4) for ratio in ratios}) == 4
 
 
 @pytest.mark.parametrize("kind", ["text", "choices"])
