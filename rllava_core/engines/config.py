@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, create_model
+from pydantic import BaseModel, Field, create_model
 
 from rllava_core.config import Options
 
@@ -23,7 +23,7 @@ else:
     Overlapping = create_model("Overlapping", __base__=Options, **{"async": (Literal[0, 1], _AHEAD)})
 
 
-def overlaps(config: Options) -> bool:
+def overlaps(config: BaseModel) -> bool:
     """Whether a rollout engine's config asks for the next step's episodes while this one trains."""
     return bool(getattr(config, "async", 0))
 

@@ -195,6 +195,18 @@ def test_copies_adapters_and_quantization(config: Path) -> None:
     assert phase(packed, "rollout")["host"]["weights"] < phase(adapted, "rollout")["host"]["weights"]
 
 
+def test_sampling_while_training_takes_its_memory_beside_what_training_takes(config: Path) -> None:
+    plain = planned(config, "algorithm.importance=token")
+    ahead = planned(config, "algorithm.importance=token", "engine.rollout.async=1")
+    weights = phase(plain, "update")["host"]["weights"]
+    assert phase(ahead, "update")["host"]["copies"] == pytest.approx(weights, rel=0.02)
+    sampling = phase(plain, "rollout")["host"]
+    taken = sum(sampling.get(part, 0) for part in ("key-value cache", "logits", "vision", "activations"))
+    assert taken > 0
+    assert phase(ahead, "update")["host"]["sampling meanwhile"] == taken
+    assert "sampling meanwhile" not in phase(ahead, "checkpoint")["host"]
+
+
 def test_what_fits_a_card(config: Path) -> None:
     as_it_is = planned(config, "--device", "cuda", "--fit", "24GB")
     assert as_it_is["fit"] == {
