@@ -44,4 +44,5 @@ class LocalRolloutEngine:
             for own, new in zip(self._copy.parameters(), policy.parameters(), strict=True):
                 if new.requires_grad:
                     own.copy_(new)
-        self._sampler = Sampler(policy if self._copy is None else self._copy, self._media)
+        self._policy = policy if self._copy is None else self._copy
+        self._sampler = Sampler(self._policy, self._media)

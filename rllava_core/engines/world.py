@@ -82,9 +82,10 @@ class Processes:
 
     def close(self) -> None:
         # The group's threads end with its last reference. One that is still there when the interpreter goes, and has a
-        # tensor to give back, aborts the process.
+        # tensor to give back, aborts the process. The first group of all is accelerate's, and may be used again.
+        group = self._group
         del self._group
-        torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group(group)
 
 
 class lost:  # noqa: N801 - reads as what it is about
