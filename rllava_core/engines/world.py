@@ -7,13 +7,11 @@ of it. So nothing but playing, evaluating and stepping knows that there are othe
 
 from __future__ import annotations
 
-import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
 
 from rllava_core.errors import RllavaError, TrainingError
 
@@ -64,20 +62,9 @@ class Processes:
         self._group = group
 
     def gathered(self, own: T) -> list[T]:
-        data = torch.frombuffer(bytearray(pickle.dumps(own)), dtype=torch.uint8)
+        found: list[Any] = [None] * self.size
         with lost(self):
-            sizes = self._all(torch.tensor([len(data)]))
-            longest = max(int(size) for size in sizes)
-            parts = self._all(nn.functional.pad(data, (0, longest - len(data))))
-        # What this process has brought stays what it is.
-        return [
-            own if rank == self.rank else pickle.loads(part[: int(size)].numpy().data)
-            for rank, (part, size) in enumerate(zip(parts, sizes, strict=True))
-        ]
-
-    def _all(self, own: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(own) for _ in range(self.size)]
-        torch.distributed.all_gather(found, own, group=self._group)
+            torch.distributed.all_gather_object(found, own, group=self._group)
         return found
 
     def close(self) -> None:

@@ -53,6 +53,9 @@ class Timing:
     environment: list[float] = field(default_factory=list)
 
 
+_Ask = Callable[[Sequence[Request]], list[list[ActionSegment]]]
+"""An engine's actions for the requests of one turn."""
+
 _Played = tuple[list[Trajectory], list[tuple[str, Failure]]]
 
 
@@ -202,7 +205,8 @@ class Episodes:
             while running := [number for number, episode in enumerate(episodes) if not episode.over]:
                 if self._closed.is_set():
                     raise TrainingError("the run is over")
-                self._turn(episodes, running, None if seed is None else derive(seed, turn), behaviour, engine)
+                drawn = None if seed is None else derive(seed, turn)
+                self._turn(episodes, running, _asking(engine, drawn, behaviour))
                 turn += 1
         finally:
             engine.forget()
@@ -238,16 +242,9 @@ class Episodes:
         self._renderer.forget()
         return trajectories
 
-    def _turn(
-        self,
-        episodes: Sequence[_Episode],
-        running: Sequence[int],
-        seed: int | None,
-        behaviour: Behaviour | None,
-        engine: RolloutEngine,
-    ) -> None:
+    def _turn(self, episodes: Sequence[_Episode], running: Sequence[int], ask: _Ask) -> None:
         began = time.perf_counter()
-        actions = self._act(episodes, running, seed, behaviour, engine)
+        actions = self._act(episodes, running, ask)
         decided = time.perf_counter()
         understood = {number: action for number, action in actions.items() if not episodes[number].offered_not(action)}
         transitions = self._environments.step({number: _as_action(action) for number, action in understood.items()})
@@ -263,21 +260,14 @@ class Episodes:
                 episode.take(action, transition)
                 self._limit(episode)
 
-    def _act(
-        self,
-        episodes: Sequence[_Episode],
-        running: Sequence[int],
-        seed: int | None,
-        behaviour: Behaviour | None,
-        engine: RolloutEngine,
-    ) -> dict[int, ActionSegment]:
+    def _act(self, episodes: Sequence[_Episode], running: Sequence[int], ask: _Ask) -> dict[int, ActionSegment]:
         """An action for each running episode. Those that see the same make one request."""
         alike: dict[object, list[int]] = {}
         for number in running:
             seen = tuple(map(id, episodes[number].conversation.context))
             alike.setdefault((seen, episodes[number].observation.choices), []).append(number)
         requests = [self._request([episodes[number] for number in numbers]) for numbers in alike.values()]
-        answers = engine.generate(requests, seed, behaviour)
+        answers = ask(requests)
         actions = {
             number: action
             for numbers, given in zip(alike.values(), answers, strict=True)
@@ -344,6 +334,10 @@ class Episodes:
             raise DataError(f"{start.name}: answer {answer!r} is none of the choices {', '.join(observation.choices)}")
         choices, index = self._renderer.choices(observation.choices), observation.choices.index(answer)
         return ActionSegment(choices[index], np.zeros(1, np.float32), answer, choice=index, choices=choices)
+
+
+def _asking(engine: RolloutEngine, seed: int | None, behaviour: Behaviour | None) -> _Ask:
+    return lambda requests: engine.generate(requests, seed, behaviour)
 
 
 class _Episode:
