@@ -52,7 +52,10 @@ def imported(project: Path, *, by_functions: bool) -> set[str]:
     return names - set(sys.stdlib_module_names) - {package.name for package in packages}
 
 
-ELSEWHERE = {"vllm": "rllava-vllm's `environment.sh` installs it, in an environment of its own"}
+ELSEWHERE = {
+    "vllm": "rllava-vllm's `environment.sh` installs it, in an environment of its own",
+    "deepspeed": "rllava-deepspeed's `environment.sh` does; it is built where torch is already installed",
+}
 """What a module imports that only somebody else's process imports."""
 
 

@@ -201,7 +201,7 @@ def _show(plan: Plan, fit: Fit | None, request: Request) -> None:
         f"{plan.micro_batches}"
     )
     if plan.processes > 1:
-        how = "FSDP2" if request.sharded else "DDP"
+        how = f"which divide {', '.join(sorted(request.divided))}" if request.divided else "each with all weights"
         console.print(
             f"One of {plan.processes} processes, {how}; what they send each other takes time that is not counted"
         )

@@ -28,17 +28,15 @@ def overlaps(config: BaseModel) -> bool:
     return bool(getattr(config, "async", 0))
 
 
-class LocalTrainConfig(Options):
-    """`engine: {train: {name: local, …}}`"""
+Divided = Literal["weights", "gradients", "states", "masters"]
+
+
+class TrainOptions(Options):
+    """What every engine says that trains as the local one does, for it and for `rllava plan`."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: an accelerator if there is one")
     mixed_precision: Literal["no", "bf16"] = Field(
         default="no", description="bf16: forward passes in bfloat16 over weights of `model.dtype`"
-    )
-    parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        default="auto",
-        description="of several processes: ddp: all weights in each; fsdp: in each a part of the trained weights, of "
-        "gradients and states, and a whole copy that acts; auto: fsdp if accelerate's own config asks for it, else ddp",
     )
     timeout: float = Field(
         default=1800.0,
@@ -51,6 +49,22 @@ class LocalTrainConfig(Options):
     )
     checkpoint_activations: bool = Field(
         default=False, description="keep what goes into each layer only, and compute the rest again in backward"
+    )
+
+    @property
+    def divided(self) -> frozenset[Divided]:
+        """Of what several processes hold a part each. masters: the weights that the optimizer steps on, where they are
+        others than those that are computed with."""
+        return frozenset()
+
+
+class LocalTrainConfig(TrainOptions):
+    """`engine: {train: {name: local, …}}`"""
+
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto",
+        description="of several processes: ddp: all weights in each; fsdp: in each a part of the trained weights, of "
+        "gradients and states, and a whole copy that acts; auto: fsdp if accelerate's own config asks for it, else ddp",
     )
     offload_activations: bool = Field(
         default=False, description="keep what backward needs in host memory until it does"
@@ -73,6 +87,10 @@ class LocalTrainConfig(Options):
         description="step on every weight as its gradient is made, so that there are never gradients of all; needs "
         "training.max_grad_norm null, and one micro-batch a step",
     )
+
+    @property
+    def divided(self) -> frozenset[Divided]:
+        return frozenset({"weights", "gradients", "states"} if self.parallel == "fsdp" else ())
 
 
 class LocalRolloutConfig(Overlapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -30,9 +30,17 @@ from rllava_core.policy.trained import load_part_state, part_state, trained_name
 
 
 class LocalTrainEngine:
-    """One device; one process, or one of several that compute a step together."""
+    """One device; one process, or one of several that compute a step together.
 
-    def __init__(self, config: LocalTrainConfig, setup: TrainSetup) -> None:
+    several: how several processes share a step, instead of what the config says.
+    """
+
+    def __init__(
+        self,
+        config: LocalTrainConfig,
+        setup: TrainSetup,
+        several: Callable[[Accelerator, Policy], Parallel] | None = None,
+    ) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.train.device is cuda, but torch finds no CUDA device; use auto or cpu")
         self.policy = setup.policy
@@ -43,7 +51,10 @@ class LocalTrainEngine:
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
         streamed = config.optimizer_on_cpu or config.stochastic_rounding or config.step_in_backward
-        self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
+        if several is None or self._accelerator.num_processes == 1:
+            self._parallel = _parallel(config, self._accelerator, self.policy, streamed=streamed)
+        else:
+            self._parallel = several(self._accelerator, self.policy)
         self.world = self._parallel.world
         packed = config.checkpoint_activations or not config.prefix_sharing or self._parallel.packed
         trees = self.policy.adapter.takes_trees
@@ -87,7 +98,7 @@ class LocalTrainEngine:
                         wrong = f"the loss became {result.total.item()} on {_describe(item.batch or batch)}"
                         if self.world.size == 1:
                             raise TrainingError(wrong)
-                    self._accelerator.backward(result.total)
+                    self._parallel.backward(result.total)
                 for name, value in result.metrics.items():
                     metrics[name] += float(value)
             norm = self._update.finish()
@@ -210,9 +221,24 @@ class LocalTrainEngine:
         return kept_on_host(self.policy) if self._offload else nullcontext()
 
 
+FOLLOWED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
+"""What accelerate's own config may ask for, by the names that its launcher hands on."""
+
+
 def _accelerator(config: LocalTrainConfig) -> Accelerator:
+    """Raises ConfigError for a config of accelerate that asks for what is not followed."""
+    asked = sorted(
+        name
+        for name, value in os.environ.items()
+        if name.startswith("ACCELERATE_USE_") and name not in FOLLOWED and value.lower() in ("true", "1", "yes")
+    )
+    if asked:
+        raise ConfigError(
+            f"accelerate's launcher sets {asked[0]}, which is not followed: engine.train says how processes share a "
+            "step, so launch without it"
+        )
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=config.mixed_precision,
         kwargs_handlers=[
@@ -221,6 +247,9 @@ def _accelerator(config: LocalTrainConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout)),
         ],
     )
+    # One that refuses its options and goes would look to a later one like a connection that was lost.
+    accelerator.wait_for_everyone()
+    return accelerator
 
 
 def _parallel(config: LocalTrainConfig, accelerator: Accelerator, policy: Policy, *, streamed: bool) -> Parallel:

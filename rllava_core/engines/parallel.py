@@ -77,6 +77,10 @@ class Parallel(Protocol):
         """Around one pass: whether gradients are averaged with it."""
         ...
 
+    def backward(self, loss: Tensor) -> None:
+        """The gradients of a pass, added to those of the passes before it."""
+        ...
+
     def stepped(self) -> None:
         """The optimizer has changed the weights."""
         ...
@@ -113,6 +117,9 @@ class OneProcess:
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
 
     def stepped(self) -> None:
         return
@@ -174,23 +181,14 @@ class Sharded:
         return None if make is None else WholeUpdate(make(trained(self.trained)), self._clipped, limit)
 
     def passes(self, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
-        rounds = [micro_batches(rank) for rank in range(self.world.size)]
-        found = []
-        for number in range(max(map(len, rounds))):
-            together = [own[number] if number < len(own) else None for own in rounds]
-            mine = together[self.world.rank]
-            seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
-            filler = None
-            if any(seen) and not seen[self.world.rank]:
-                filler = _shortest([item for item in batch.trajectories if _shows(item)])
-            elif mine is None:
-                filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
-            found.append(Pass(mine, filler))
-        return found
+        return in_step(self.world, micro_batches, batch)
 
     def reducing(self, last: bool) -> AbstractContextManager[Any]:
         # With every pass: gradients that wait would be those of all weights.
         return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._accelerator.backward(loss)
 
     @torch.no_grad()
     def stepped(self) -> None:
@@ -230,6 +228,24 @@ class Sharded:
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimizer steps on."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def in_step(world: World, micro_batches: Callable[[int], list[Batch]], batch: Batch) -> list[Pass]:
+    """As many passes in every process, of which one uses the same weights everywhere, for processes that wait for each
+    other in every pass. The arguments are those of `Parallel.passes`."""
+    rounds = [micro_batches(rank) for rank in range(world.size)]
+    found = []
+    for number in range(max(map(len, rounds))):
+        together = [own[number] if number < len(own) else None for own in rounds]
+        mine = together[world.rank]
+        seen = [item is not None and any(map(_shows, item.trajectories)) for item in together]
+        filler = None
+        if any(seen) and not seen[world.rank]:
+            filler = _shortest([item for item in batch.trajectories if _shows(item)])
+        elif mine is None:
+            filler = _shortest([item for item in batch.trajectories if not _shows(item)] or batch.trajectories)
+        found.append(Pass(mine, filler))
+    return found
 
 
 def _full(value: Tensor) -> Tensor:

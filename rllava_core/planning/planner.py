@@ -49,6 +49,9 @@ LABELS = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "a
 MEDIA_LIMIT = 2**30
 """`MediaStore`'s limit."""
 
+BUCKET = 2**31
+"""Gradients that are averaged at once, where each process then keeps a part of them (ZeRO-2)."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -126,10 +129,11 @@ class Planner:
         """What weights, states and gradients alone take. Measures nothing."""
         request = self._first.with_levers(**asdict(levers))
         subject = self._subject(request)
-        share = request.processes if request.sharded else 1
-        learnt = {"optimizer": optimizer_bytes(levers, subject.trained_parameters) // share, "gradients": 0}
+        states = optimizer_bytes(levers, subject.trained_parameters)
+        learnt = {"optimizer": states // request.share_of("states"), "gradients": 0}
         if not levers.step_in_backward:
-            learnt["gradients"] = sum(item.nbytes for item in subject.trained_parameters) // share
+            gradients = sum(item.nbytes for item in subject.trained_parameters)
+            learnt["gradients"] = gradients // request.share_of("gradients")
         held = {"weights": subject.weights + subject.other_weights + subject.copies}
         if request.device == "cpu":
             return Phase("at least", {}, {"process": PROCESS, **held, **learnt})
@@ -268,8 +272,8 @@ class _Parts:
         self.step_needs = _step_bytes(levers, trained)
         self.whole_gradients = self.gradients
         self.shared = shared_bytes(request, subject.policy)
-        if request.sharded and request.processes > 1:
-            self.gradients, self.states = self.gradients // request.processes, self.states // request.processes
+        self.gradients //= request.share_of("gradients")
+        self.states //= request.share_of("states")
 
     @property
     def optimizer_device(self) -> int:
@@ -382,19 +386,22 @@ class Shared:
 
 
 def shared_bytes(request: Request, policy: Policy) -> Shared:
-    """DDP copies gradients to where they are averaged. Under FSDP2 a part of the trained weights is there beside the
-    copy that acts; layers are gathered one by one, with the next, and what is in none of them for the whole pass, each
-    with its gradient."""
+    """Gradients that are whole are copied to where they are averaged (DDP); those that are divided, some at a time. A
+    part of the weights is there beside those that act; layers are gathered one by one, with the next, and what is in
+    none of them for the whole pass, each with its gradient (FSDP2, ZeRO-3)."""
     if request.processes == 1:
         return Shared({}, {})
     trained = {name: item.nbytes for name, item in policy.named_parameters() if item.requires_grad}
-    if not request.sharded:
-        return Shared({"averaging": sum(trained.values())}, {})
+    total = sum(trained.values())
+    if "gradients" not in request.divided:
+        return Shared({"averaging": total}, {})
+    parts = len(request.divided & {"weights", "masters"})
+    held = {"shard of weights": parts * total // request.processes}
+    if "weights" not in request.divided:
+        return Shared(held, {"averaging": min(total, BUCKET)})
     layers = [name for name, item in policy.named_modules() if isinstance(item, GradientCheckpointingLayer)]
     units = [sum(size for name, size in trained.items() if name.startswith(f"{layer}.")) for layer in layers]
-    rest = sum(trained.values()) - sum(units)
-    gathered = 2 * rest + 3 * max(units, default=0)
-    return Shared({"shard of weights": sum(trained.values()) // request.processes}, {"gathered": gathered})
+    return Shared(held, {"gathered": 2 * (total - sum(units)) + 3 * max(units, default=0)})
 
 
 def optimizer_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:

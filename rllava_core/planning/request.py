@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig, TrainingSection
-from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig, overlaps
+from rllava_core.engines.config import Divided, LocalRolloutConfig, TrainOptions, overlaps
 from rllava_core.errors import ConfigError
 from rllava_core.planning.workload import Workload
 from rllava_core.plugins import Component
@@ -62,7 +62,7 @@ class Request:
     rollouts: whether episodes are sampled, or demonstrated.
     device: where the model is.
     evaluated: held-out episodes; None: not known, many.
-    processes: that share each step; what is planned is one of them. sharded: by FSDP2, and not by DDP.
+    processes: that share each step; what is planned is one of them. divided: of what each holds a part.
     """
 
     model: Resolved
@@ -79,12 +79,16 @@ class Request:
     device: Literal["cpu", "cuda"] = "cuda"
     evaluated: int | None = None
     processes: int = 1
-    sharded: bool = False
+    divided: frozenset[Divided] = frozenset()
 
     @property
     def own_prompts(self) -> int:
         """Of a step's prompts, how many the busiest process has."""
         return -(-self.workload.prompts // self.processes)
+
+    def share_of(self, held: Divided) -> int:
+        """By how much what a process holds of something is smaller than all of it."""
+        return self.processes if held in self.divided else 1
 
     @property
     def options(self) -> ModelConfig:
@@ -109,9 +113,12 @@ def request_of_config(resolved: ResolvedConfig, sizes: Mapping[str, Any]) -> Req
     Raises ConfigError for an engine of which nothing is known.
     """
     train, rollout = resolved.train_engine.config, resolved.rollout_engine.config
-    if not isinstance(train, LocalTrainConfig) or not isinstance(rollout, LocalRolloutConfig):
+    if not isinstance(train, TrainOptions):
         name = resolved.run.engine.train.name
-        raise ConfigError(f"engine.train: {name!r}: only runs of the engines `local` can be planned")
+        raise ConfigError(f"engine.train: {name!r} does not train as the local engine does, so it cannot be planned")
+    if not isinstance(rollout, LocalRolloutConfig):
+        name = resolved.run.engine.rollout.name
+        raise ConfigError(f"engine.rollout: {name!r}: only runs that sample by the engine `local` can be planned")
     run, algorithm = resolved.run, resolved.algorithm
     options = resolved.model.config
     made: Algorithm = algorithm.create()
@@ -147,7 +154,7 @@ def request_of_config(resolved: ResolvedConfig, sizes: Mapping[str, Any]) -> Req
         rollouts=made.experience == "rollouts",
         device="cpu" if train.device == "cpu" else "cuda",
         evaluated=run.training.eval_episodes,
-        sharded=train.parallel == "fsdp",
+        divided=train.divided,
     )
 
 

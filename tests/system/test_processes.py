@@ -277,6 +277,7 @@ def test_what_several_processes_cannot_do_together_is_said_once(trained: Path, t
         job_of(tmp_path, 2, "launchers", [["train", config]]),
         job_of(tmp_path, 2, "streamed", [[*train, *streamed]]),
         job_of(tmp_path, 2, "partly", [[*train, *partly]]),
+        job_of(tmp_path, 2, "asked otherwise", [train], environments=[{"ACCELERATE_USE_SAGEMAKER": "true"}] * 2),
     ]
 
     carry_out(jobs, tmp_path)
@@ -300,6 +301,7 @@ REFUSED = (
     "a launcher has started this command several times: give it --run-dir",
     "engine.train.stochastic_rounding takes gradients as they are made, before several processes have averaged",
     "engine.train.optimizer adafactor cannot step on parts of weights: use adamw, or parallel: ddp",
+    "accelerate's launcher sets ACCELERATE_USE_SAGEMAKER, which is not followed: engine.train says how",
 )
 
 
