@@ -66,6 +66,8 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool, fit: st
     on_card = request.device == "cuda"
     if host is not None and not on_card:
         raise ConfigError("--host-memory is of the host beside a card, and the model is on the CPU: --fit is its size")
+    if budget is not None and not request.has_levers:
+        raise ConfigError("--fit searches options of the engine `local`, and engine.train is another: leave it out")
     machine = Machine.card(options["tflops"], options["bandwidth"]) if on_card else Machine.this_cpu()
     planner = Planner(request, machine)
     found = None if budget is None else fitted(planner, request, budget, host)

@@ -46,7 +46,7 @@ class LocalTrainEngine:
         self.policy = setup.policy
         self._media = setup.media
         self._training = setup.training
-        self._accelerator = _accelerator(config)
+        self._accelerator = _accelerator(config, FOLLOWED if several is None else FOLLOWED[:1])
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
@@ -225,12 +225,12 @@ FOLLOWED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
 """What accelerate's own config may ask for, by the names that its launcher hands on."""
 
 
-def _accelerator(config: LocalTrainConfig) -> Accelerator:
+def _accelerator(config: LocalTrainConfig, followed: Sequence[str]) -> Accelerator:
     """Raises ConfigError for a config of accelerate that asks for what is not followed."""
     asked = sorted(
         name
         for name, value in os.environ.items()
-        if name.startswith("ACCELERATE_USE_") and name not in FOLLOWED and value.lower() in ("true", "1", "yes")
+        if name.startswith("ACCELERATE_USE_") and name not in followed and value.lower() in ("true", "1", "yes")
     )
     if asked:
         raise ConfigError(

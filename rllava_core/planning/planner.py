@@ -49,8 +49,8 @@ LABELS = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "a
 MEDIA_LIMIT = 2**30
 """`MediaStore`'s limit."""
 
-BUCKET = 2**31
-"""Gradients that are averaged at once, where each process then keeps a part of them (ZeRO-2)."""
+AVERAGED = 2**28
+"""Bytes of gradients that are averaged at once, where each process then keeps a part of them (ZeRO)."""
 
 
 @dataclass(frozen=True)
@@ -397,8 +397,11 @@ def shared_bytes(request: Request, policy: Policy) -> Shared:
         return Shared({"averaging": total}, {})
     parts = len(request.divided & {"weights", "masters"})
     held = {"shard of weights": parts * total // request.processes}
+    if "masters" in request.divided:
+        held["averaging"] = min(total, AVERAGED)
     if "weights" not in request.divided:
-        return Shared(held, {"averaging": min(total, BUCKET)})
+        # Beside it the copy that is sent, or a weight that is larger than all of it.
+        return Shared(held, {"sent": max(held.get("averaging", 0), *trained.values())})
     layers = [name for name, item in policy.named_modules() if isinstance(item, GradientCheckpointingLayer)]
     units = [sum(size for name, size in trained.items() if name.startswith(f"{layer}.")) for layer in layers]
     return Shared(held, {"gathered": 2 * (total - sum(units)) + 3 * max(units, default=0)})

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rllava_core.algorithms.config import PolicyGradientConfig
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig, TrainingSection
-from rllava_core.engines.config import Divided, LocalRolloutConfig, TrainOptions, overlaps
+from rllava_core.engines.config import Divided, LocalRolloutConfig, LocalTrainConfig, TrainOptions, overlaps
 from rllava_core.errors import ConfigError
 from rllava_core.planning.workload import Workload
 from rllava_core.plugins import Component
@@ -63,6 +63,7 @@ class Request:
     device: where the model is.
     evaluated: held-out episodes; None: not known, many.
     processes: that share each step; what is planned is one of them. divided: of what each holds a part.
+    has_levers: whether the train engine has the options that `--fit` searches.
     """
 
     model: Resolved
@@ -80,6 +81,7 @@ class Request:
     evaluated: int | None = None
     processes: int = 1
     divided: frozenset[Divided] = frozenset()
+    has_levers: bool = True
 
     @property
     def own_prompts(self) -> int:
@@ -155,6 +157,7 @@ def request_of_config(resolved: ResolvedConfig, sizes: Mapping[str, Any]) -> Req
         device="cpu" if train.device == "cpu" else "cuda",
         evaluated=run.training.eval_episodes,
         divided=train.divided,
+        has_levers=isinstance(train, LocalTrainConfig),
     )
 
 

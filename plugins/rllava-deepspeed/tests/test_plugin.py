@@ -170,3 +170,10 @@ def test_a_plan_divides_gradients_and_states(config: Path, stage: int) -> None:
     assert four["weights"] == alone["weights"]
     trained = alone["optimizer"] // 2
     assert four["shard of weights"] * 4 == pytest.approx((stage - 1) * trained, abs=8)
+
+
+def test_nothing_is_searched_that_it_cannot_do(config: Path) -> None:
+    done = CliRunner().invoke(rllava, ["plan", str(config), "--processes", "4", "--fit", "24GB"])
+
+    assert done.exit_code != 0
+    assert "--fit searches options of the engine `local`" in str(done.exception) + done.output

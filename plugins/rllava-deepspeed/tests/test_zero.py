@@ -172,15 +172,33 @@ def test_layers_that_are_computed_again(alone: dict[tuple[str, str], Path], tmp_
     assert_same(run, config.parent / "alone")
 
 
-def test_weights_in_half_precision_are_refused(alone: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+REFUSED = {
+    "deepspeed trains float32, and is given weights of bfloat16": (2, "model.dtype=bfloat16"),
+    "divides all weights of a model, and model.": (3, "model.train={vision: frozen}"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_it_cannot_train_is_refused(alone: dict[tuple[str, str], Path], tmp_path: Path, message: str) -> None:
+    stage, override = REFUSED[message]
     command = [sys.executable, "-m", "rllava_core", "train", str(alone["grpo", "nowhere"]), "--num-processes", "2"]
     done = subprocess.run(
-        [*command, by(2), "model.dtype=bfloat16", "--run-dir", str(tmp_path / "run")],
+        [*command, by(stage), override, "--run-dir", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         check=False,
     )
 
     assert done.returncode == 2
-    assert "deepspeed trains float32, and is given weights of bfloat16" in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_frozen_weights_under_stage_two(alone: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    config = alone["grpo", "of one group"]
+    frozen = "model.train={vision: frozen}"
+    one = train(config, tmp_path / "alone", "engine.train.device=cpu", frozen)
+
+    run = train(config, tmp_path / "run", by(2), frozen, "--num-processes", "2")
+
+    assert_same(run, one)

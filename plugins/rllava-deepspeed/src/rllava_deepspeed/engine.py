@@ -5,7 +5,7 @@ All else is the local engine. What is DeepSpeed's own, and must not show:
 - It keeps the weights of a parameter group as one flat tensor, and steps on all of it, also where no gradient came:
   what is left of their momentum would move weights that the step has not used. So the weights that only images reach
   are a group of their own, which rests in a step without images; and a step that uses a part of a group is refused.
-- It averages gradients in the order in which each process makes them, and does not compare. We do.
+- It averages gradients in the order in which each process makes them, and does not compare. We do, before it steps.
 - ZeRO-3 leaves the last step's gradients where they are until new ones come. We clear them.
 """
 
@@ -36,8 +36,14 @@ from rllava_deepspeed.config import DeepSpeedConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's states of a weight, by torch's names."""
 
-BUCKET = 2**29
+BUCKET = 2**26
 """Gradients, in numbers, that are averaged at once. DeepSpeed allocates room for all of them."""
+
+KEPT = 10_000
+"""Weights of fewer numbers, such as those of norms, are gathered once under stage 3, and stay."""
+
+AHEAD = 2**24
+"""Weights, in numbers, that stage 3 gathers before they are needed."""
 
 _RESTS = "rests"
 
@@ -66,6 +72,13 @@ class ZeRO:
             raise ConfigError(
                 f"engine.train: deepspeed trains float32, and is given weights of {named}: set model.dtype=float32, "
                 "and engine.train.mixed_precision=bf16 for speed"
+            )
+        frozen = next((name for name, item in policy.named_parameters() if not item.requires_grad), None)
+        if stage == 3 and frozen is not None:
+            # It would take apart what the policy that acts, and every copy, hold as well.
+            raise ConfigError(
+                f"engine.train.stage: 3 divides all weights of a model, and {frozen} is frozen: use stage: 2, or "
+                "engine.train={name: local, parallel: fsdp}, which hold frozen weights once"
             )
         self.world: World = Processes()
         self.trained = policy if stage == 2 else policy.copied()
@@ -96,7 +109,14 @@ class ZeRO:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": limit or 0.0,
-            "zero_optimization": {"stage": self._stage, "reduce_bucket_size": min(BUCKET, total)},
+            "zero_optimization": {
+                "stage": self._stage,
+                "reduce_bucket_size": min(BUCKET, total),
+                # By its defaults it keeps the last billion numbers, in case that they are used again.
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": AHEAD,
+                "stage3_param_persistence_threshold": KEPT,
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
@@ -295,7 +315,7 @@ class _Step:
             if len(counts) > 1:
                 raise ConfigError(
                     f"the checkpoint's optimizer took {' and '.join(f'{count:.0f}' for count in counts)} steps on "
-                    "weights that DeepSpeed steps on as one: resume with engine.train=local"
+                    "weights that DeepSpeed steps on as one: resume with one process"
                 )
             self._used[group] = used
             for steps in self._steps[group]:
@@ -345,11 +365,6 @@ def _let_rest(optimizer: Optimizer, *_: Any) -> None:
         if group.get(_RESTS):
             for part in group["params"]:
                 part.grad = None
-
-
-def _inner(engine: Any) -> Any:
-    """The torch optimizer, whose parameters are flat parts of what this process has."""
-    return engine.optimizer.optimizer
 
 
 def _deepspeed(device: torch.device) -> Any:
