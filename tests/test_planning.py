@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rllava_core.cli.plan import parse_size
 from rllava_core.errors import ConfigError
-from rllava_core.planning.planner import optimizer_bytes
+from rllava_core.planning.counting import optimizer_bytes
 from rllava_core.planning.request import Levers
 from rllava_core.planning.tracing import Tracer, backward
 

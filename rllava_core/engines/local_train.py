@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -46,7 +46,7 @@ class LocalTrainEngine:
         self.policy = setup.policy
         self._media = setup.media
         self._training = setup.training
-        self._accelerator = _accelerator(config, FOLLOWED if several is None else FOLLOWED[:1])
+        self._accelerator = _accelerator(config, {BY_CPU, BY_FSDP} if several is None else {BY_CPU})
         # Moved first: a fused optimizer must be built on parameters that are where they will stay.
         self.policy.to(self._accelerator.device)
         _check_options(config, setup)
@@ -221,11 +221,11 @@ class LocalTrainEngine:
         return kept_on_host(self.policy) if self._offload else nullcontext()
 
 
-FOLLOWED = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
+BY_CPU, BY_FSDP = "ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP"
 """What accelerate's own config may ask for, by the names that its launcher hands on."""
 
 
-def _accelerator(config: LocalTrainConfig, followed: Sequence[str]) -> Accelerator:
+def _accelerator(config: LocalTrainConfig, followed: Set[str]) -> Accelerator:
     """Raises ConfigError for a config of accelerate that asks for what is not followed."""
     asked = sorted(
         name
@@ -256,7 +256,7 @@ def _parallel(config: LocalTrainConfig, accelerator: Accelerator, policy: Policy
     """Raises ConfigError for options that several processes cannot keep."""
     if accelerator.num_processes == 1:
         return OneProcess(accelerator, policy)
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = os.environ.get(BY_FSDP, "false").lower() == "true"
     sharded = config.parallel == "fsdp" or (config.parallel == "auto" and asked)
     names = ("optimizer_on_cpu", "stochastic_rounding", "step_in_backward")
     if streamed:

@@ -6,18 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
 from rllava_core.algorithms.protocol import Batch
 from rllava_core.errors import ConfigError
 from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.planning.counting import (
+    copy_bytes,
+    merged_bytes,
+    module_bytes,
+    optimizer_bytes,
+    shared_bytes,
+    step_bytes,
+    stepped_in,
+)
 from rllava_core.planning.measuring import Laboratory, Pass
 from rllava_core.planning.request import Levers, Request
-from rllava_core.planning.shape import QuantizedLinear, planned_adapter, planned_model
+from rllava_core.planning.shape import planned_adapter, planned_model
 from rllava_core.planning.timing import Machine, Seconds
 from rllava_core.planning.tracing import Footprint
 from rllava_core.planning.workload import Episodes, PlannedMedia
@@ -48,9 +55,6 @@ LABELS = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "a
 
 MEDIA_LIMIT = 2**30
 """`MediaStore`'s limit."""
-
-AVERAGED = 2**28
-"""Bytes of gradients that are averaged at once, where each process then keeps a part of them (ZeRO)."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +202,9 @@ class _Subject:
         self.laboratory = Laboratory(self.policy, self.media, self.episodes, autocast)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trained = sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
-        self.weights = _bytes(self.policy.model)
-        self.other_weights = _bytes(self.policy) - self.weights
-        self.copies = (len(request.copies) + request.acting_copy) * _own_bytes(self.policy)
+        self.weights = module_bytes(self.policy.model)
+        self.other_weights = module_bytes(self.policy) - self.weights
+        self.copies = (len(request.copies) + request.acting_copy) * copy_bytes(self.policy)
         self._measured: dict[object, Footprint] = {}
 
     @cached_property
@@ -266,10 +270,10 @@ class _Parts:
         # Gradients of several passes are added in the precision that the optimizer steps in.
         wide = self.micro_batches > 1
         self.gradients = sum(
-            item.numel() * (_stepped_in(levers, item) if wide else item.element_size()) for item in trained
+            item.numel() * (stepped_in(levers, item) if wide else item.element_size()) for item in trained
         )
         self.states = optimizer_bytes(levers, trained)
-        self.step_needs = _step_bytes(levers, trained)
+        self.step_needs = step_bytes(levers, trained)
         self.whole_gradients = self.gradients
         self.shared = shared_bytes(request, subject.policy)
         self.gradients //= request.share_of("gradients")
@@ -363,7 +367,7 @@ class _Parts:
         """What is saved for resuming is copied file by file; low-rank adapters are merged into copies of their layers,
         on the host."""
         states = min(self.states, SHARD_BYTES)
-        merged = _adapted_bytes(self.subject.policy.model) if self.subject.adapted else 0
+        merged = merged_bytes(self.subject.policy.model) if self.subject.adapted else 0
         on_host = {"merged weights": merged} if merged > states else {"optimizer, to be saved": states}
         if self.request.device == "cuda":
             on_host["weights, to be saved"] = self.subject.weights
@@ -375,91 +379,3 @@ class _Parts:
         if self.request.device == "cpu":
             return Phase(name, {}, {**device, **host})
         return Phase(name, {"context": CUDA_CONTEXT, **device}, host)
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What a process holds because there are others, in bytes by part. gathered: while an update computes."""
-
-    held: Mapping[str, int]
-    gathered: Mapping[str, int]
-
-
-def shared_bytes(request: Request, policy: Policy) -> Shared:
-    """Gradients that are whole are copied to where they are averaged (DDP); those that are divided, some at a time. A
-    part of the weights is there beside those that act; layers are gathered one by one, with the next, and what is in
-    none of them for the whole pass, each with its gradient (FSDP2, ZeRO-3)."""
-    if request.processes == 1:
-        return Shared({}, {})
-    trained = {name: item.nbytes for name, item in policy.named_parameters() if item.requires_grad}
-    total = sum(trained.values())
-    if "gradients" not in request.divided:
-        return Shared({"averaging": total}, {})
-    parts = len(request.divided & {"weights", "masters"})
-    held = {"shard of weights": parts * total // request.processes}
-    if "masters" in request.divided:
-        held["averaging"] = min(total, AVERAGED)
-    if "weights" not in request.divided:
-        # Beside it the copy that is sent, or a weight that is larger than all of it.
-        return Shared(held, {"sent": max(held.get("averaging", 0), *trained.values())})
-    layers = [name for name, item in policy.named_modules() if isinstance(item, GradientCheckpointingLayer)]
-    units = [sum(size for name, size in trained.items() if name.startswith(f"{layer}.")) for layer in layers]
-    return Shared(held, {"gathered": 2 * (total - sum(units)) + 3 * max(units, default=0)})
-
-
-def optimizer_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
-    """States of the optimizer, and the float32 weights that it keeps beside the model's."""
-    total = 0
-    for parameter in trained:
-        width, count = _stepped_in(levers, parameter), parameter.numel()
-        if levers.optimizer == "adafactor":
-            # One number a row and a column; a whole second moment of what is no matrix.
-            total += 4 * (sum(parameter.shape) if parameter.ndim > 1 else count)
-        elif levers.optimizer == "adamw_8bit":
-            # A byte each, and a float32 scale for every 256; of small ones bitsandbytes keeps float32.
-            total += 2 * (count + 4 * count // 256) if count >= 4096 else 8 * count
-        else:
-            total += 2 * width * count
-        if levers.optimizer_on_cpu and not levers.stochastic_rounding and parameter.element_size() < 4:
-            total += 4 * count
-    return total
-
-
-def _stepped_in(levers: Levers, parameter: Tensor) -> int:
-    """Bytes a number of what the optimizer steps on: float32 on the host, and where it is rounded at random."""
-    return 4 if levers.optimizer_on_cpu or levers.stochastic_rounding else parameter.element_size()
-
-
-def _step_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
-    """What a step takes for the while: of streamed ones the largest parameter's, in float32 copies.
-
-    The weight and its gradient, and bitsandbytes on the CPU takes 28 bytes a weight; rounding at random takes pieces.
-    """
-    largest = max(parameter.numel() for parameter in trained)
-    if levers.optimizer == "adamw_8bit" and levers.optimizer_on_cpu:
-        return 28 * largest
-    if levers.stochastic_rounding or levers.optimizer_on_cpu or levers.step_in_backward:
-        return 8 * largest
-    return 8 * largest if levers.optimizer == "adafactor" else 0
-
-
-def _bytes(module: nn.Module) -> int:
-    """Of weights and buffers, what is tied once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def _own_bytes(policy: Policy) -> int:
-    """Of a frozen copy of the policy, which shares what is not trained."""
-    return sum(parameter.nbytes for parameter in policy.parameters() if parameter.requires_grad)
-
-
-def _adapted_bytes(model: nn.Module) -> int:
-    """Of the layers that low-rank adapters are around, plain."""
-    total = 0
-    for name, module in model.named_modules():
-        if name.endswith(".base_layer"):
-            layer: Any = module
-            size = layer.in_features * layer.out_features
-            total += size * layer.dtype.itemsize if isinstance(layer, QuantizedLinear) else layer.weight.nbytes
-    return total

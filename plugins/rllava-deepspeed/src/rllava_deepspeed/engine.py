@@ -128,7 +128,7 @@ class ZeRO:
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         names = [name for name, parameter in self._policy.named_parameters() if parameter.requires_grad]
-        parts = [self._parts(number) for number in range(len(self._groups))]
+        parts = [self._flat(number) for number in range(len(self._groups))]
         for part in (part for own in parts for part in own):
             # As torch's AdamW makes it before its first step: there must be states, even of a group that rests.
             moments = {name: torch.zeros_like(part) for name in MOMENTS}
@@ -190,11 +190,11 @@ class ZeRO:
                 utils.safe_set_full_optimizer_state(parameter, moment, name)
             return
         # Of stage 3, those functions fail where a weight cannot be divided evenly.
-        utils.safe_set_local_fp32_param(parameter, self._part(value))
+        utils.safe_set_local_fp32_param(parameter, self._slice(value))
         for name, moment in moments.items():
-            utils.safe_set_local_optimizer_state(parameter, self._part(moment), name)
+            utils.safe_set_local_optimizer_state(parameter, self._slice(moment), name)
 
-    def _part(self, value: Tensor) -> Tensor:
+    def _slice(self, value: Tensor) -> Tensor:
         """Of a tensor, as stage 3 divides it: the last parts are filled up with zeros."""
         size = -(-value.numel() // self.world.size)
         padded = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
@@ -204,7 +204,7 @@ class ZeRO:
         """Each trained weight that acts, with the one that DeepSpeed has."""
         return zip(trained(self._policy), trained(self.trained), strict=True)
 
-    def _parts(self, group: int) -> list[nn.Parameter]:
+    def _flat(self, group: int) -> list[nn.Parameter]:
         """What the torch optimizer steps on for a parameter group: this process' part of its weights."""
         zero = self._engine.optimizer
         if self._stage == 2:
@@ -322,11 +322,9 @@ class _Step:
                 steps.fill_(counts[0])
 
     def state_dict(self) -> dict[str, Any]:
-        kept = [
-            {name: value for name, value in group.items() if name not in ("params", _RESTS)}
-            for group in self._engine.optimizer.param_groups[:1]
-        ]
-        return {"optimizer": {"param_groups": [{**kept[0], "params": list(range(len(self._names)))}]}}
+        # The groups differ in nothing else; one process has one of all weights.
+        group = {name: value for name, value in self._engine.optimizer.param_groups[0].items() if name != _RESTS}
+        return {"optimizer": {"param_groups": [{**group, "params": list(range(len(self._names)))}]}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The moments were placed before; learning rates are set at every step."""
@@ -338,11 +336,12 @@ class _Step:
         if not expected and decays:
             expected = frozenset(self._groups[group])
         if used and expected and used != expected:
-            other = self._names[min(used ^ expected)]
-            why = "training.weight_decay would shrink it there" if decays else "other steps do"
+            other = min(used ^ expected)
+            why = "training.weight_decay would shrink it" if decays else "not all steps use the same weights beside it"
             raise TrainingError(
-                f"this step {'uses' if expected < used else 'does not use'} {other}, and DeepSpeed steps on it all the "
-                f"same ({why}): freeze it by model.train, or train with engine.train={{name: local, parallel: fsdp}}"
+                f"this step {'uses' if other in used else 'does not use'} {self._names[other]}, and DeepSpeed steps on "
+                f"it in every step ({why}): freeze it by model.train, or train with engine.train={{name: local, "
+                "parallel: fsdp}"
             )
 
 
