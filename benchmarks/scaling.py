@@ -1,6 +1,6 @@
 """What a step costs as one size grows, prefixes shared beside unshared: seconds of rollout and update, peak memory.
 
-    python benchmarks/scaling.py [--only group,image_tokens,new_tokens,turns,vocabulary,logprobs] [--json FILE]
+    python benchmarks/scaling.py [--only group,image_tokens,new_tokens,turns,vocabulary,logprobs,frozen] [--json FILE]
 
 One size is varied at a time around a Qwen2-VL of 14 million parameters (`workloads.BASE`: 1 prompt, G = 8, 256 image
 tokens, 32 new tokens, 8,192 words). The group is varied at 1,024 image tokens, for that is what the first bar says:
@@ -9,6 +9,10 @@ tokens, 32 new tokens, 8,192 words). The group is varied at 1,024 image tokens, 
 - the log-prob part alone at 4,096 action tokens and 152k words: at most 0.6 GB above what holds the language head, its
   gradient, the hidden states and theirs. Forward and backward of `rllava_core.policy.logprobs.chunked_logprobs`, in the
   first micro-batch of a step, which makes the gradient of the head, and in a later one, which adds to it.
+
+Beside them, what it saves that frozen parts see an image once: 1,024 image tokens, each of four patches, a vision part
+of 11 million parameters, and five times as many in the language model, as in Qwen2.5-VL-3B. Images are seen in every
+pass; once, those that come for the first time; and those that came before.
 
 The engines, the algorithm and the episodes are those that `rllava train` builds from the config; only the loop around
 them is this file's, since a group of one teaches GRPO nothing and its config refuses it. Every point is a process of
@@ -28,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +48,15 @@ LOGPROB_VOCABULARY = 151_936
 LOGPROB_HIDDEN = (256, 1536)
 """That of `vs_trl.py --shape mid`, and that of Qwen2-VL-2B."""
 
+FROZEN = {
+    **{"hidden": 768, "intermediate": 2048, "layers": 8, "heads": 12, "key_value_heads": 4},
+    **{"image_tokens": (32, 32), "vision_hidden": 384, "vision_depth": 6, "vision_heads": 6},
+}
+SEEN = {"in every pass": 0, "once, new images": 2**30, "once, seen before": 2**30}
+"""Bytes for what frozen parts make of images."""
+
 SIZES = ("group", "image_tokens", "new_tokens", "turns", "vocabulary")
+KNOWN = (*SIZES, "logprobs", "frozen")
 GROUP_BAR, LOGPROB_BAR = 2.0, 0.6e9
 
 
@@ -77,13 +90,22 @@ def measure_step(job: Mapping[str, Any]) -> dict[str, Any]:
         count = 1 + job["steps"]
         workloads.write_model(shape, root / "model")
         data = workloads.write_data(shape, root / "data", count) if shape.turns == 1 else None
-        workloads.write_config(shape, root / "model", data, root / "config.yaml", count, shared=job["shared"])
+        workloads.write_config(
+            shape,
+            root / "model",
+            data,
+            root / "config.yaml",
+            count,
+            shared=job["shared"],
+            options=job.get("options", {}),
+        )
         resolved, _ = workloads.resolve(root / "config.yaml")
         with build_parts(resolved) as parts:
             examples = parts.task.examples("train")
             memory.begin()
             for number in range(count):
-                own = range(number * shape.prompts, (number + 1) * shape.prompts)
+                first = 0 if job.get("again") else number * shape.prompts
+                own = range(first, first + shape.prompts)
                 starts = [Start(None if examples is None else examples[place], place) for place in own]
                 began = time.perf_counter()
                 trajectories = parts.episodes.play(starts, shape.group, number)
@@ -193,9 +215,24 @@ def scale_logprobs() -> list[dict[str, Any]]:
     return rows
 
 
+def scale_frozen(steps: int) -> list[dict[str, Any]]:
+    """Measure and print what frozen parts cost."""
+    print("\nfrozen parts see an image   rollout, s   update, s   above baseline, GB", flush=True)
+    rows = []
+    frozen = {"train": {"vision": "frozen", "connector": "frozen"}}
+    for way, kept in SEEN.items():
+        options, again = {**frozen, "encoded_bytes": kept}, way.endswith("before")
+        job = {"changes": FROZEN, "shared": True, "steps": steps, "options": options, "again": again}
+        found = in_a_process("step", job)
+        rows.append({"way": way, **found})
+        figures = f"{found['rollout']:10.2f} {found['update']:11.2f} {found['above_bytes'] / 1e9:20.2f}"
+        print(f"{way:<27} {figures}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join((*SIZES, "logprobs")), help="what to vary, with commas between")
+    parser.add_argument("--only", default=",".join(KNOWN), help="what to vary, with commas between")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of each point")
     parser.add_argument("--ways", default="shared,unshared", help="shared, unshared, or both")
     parser.add_argument("--threads", type=int, help="of torch (OMP_NUM_THREADS); default: as many as cores")
@@ -208,13 +245,14 @@ def main() -> None:
         Path(answer).write_text(json.dumps(measured), encoding="utf-8")
         return
     chosen, ways = arguments.only.split(","), arguments.ways.split(",")
-    for option, given, known in (("--only", chosen, (*SIZES, "logprobs")), ("--ways", ways, ("shared", "unshared"))):
+    for option, given, known in (("--only", chosen, KNOWN), ("--ways", ways, ("shared", "unshared"))):
         unknown = [name for name in given if name not in known]
         if unknown:
             parser.error(f"{option}: {', '.join(unknown)} is none of {', '.join(known)}")
     if arguments.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the processes that measure
-    results = {name: scale_logprobs() if name == "logprobs" else scale(name, arguments.steps, ways) for name in chosen}
+    others = {"logprobs": scale_logprobs, "frozen": partial(scale_frozen, arguments.steps)}
+    results = {name: others[name]() if name in others else scale(name, arguments.steps, ways) for name in chosen}
     if arguments.json is not None:
         used = versions("rllava-core", "torch", "transformers")
         written = {"versions": used, "machine": machine(), "threads": arguments.threads, "results": results}

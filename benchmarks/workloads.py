@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -269,11 +270,20 @@ def write_data(shape: Shape, directory: Path, steps: int) -> Path:
 
 
 def write_config(
-    shape: Shape, model: Path, data: Path | None, path: Path, steps: int, *, shared: bool, seed: int = 0
+    shape: Shape,
+    model: Path,
+    data: Path | None,
+    path: Path,
+    steps: int,
+    *,
+    shared: bool,
+    seed: int = 0,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """The config of a run of `rllava train`. Evaluation and what is written besides metrics are kept to a minimum.
 
     data: the JSONL file; None for episodes of several turns, which need none.
+    options: more of the section `model`.
     """
     task: dict[str, Any] = {"rewards": [{"name": "token_parity"}], "max_new_tokens": shape.new_tokens}
     if shape.turns == 1:
@@ -284,7 +294,7 @@ def write_config(
         height, width = shape.side
         task["environment"] = {"name": "frames", "turns": shape.turns, "height": height, "width": width}
     config: Mapping[str, Any] = {
-        "model": {"adapter": "endless_qwen2vl", "path": str(model)},
+        "model": {"adapter": "endless_qwen2vl", "path": str(model), **options},
         # A group of one has nothing to compare, and costs what it costs: `scaling.py` samples it all the same.
         "algorithm": {"name": "grpo", "group_size": max(2, shape.group)},
         "task": task,

@@ -38,7 +38,7 @@ lists the keys of a config.
 """
 
 PROTOCOLS: dict[Kind, list[type]] = {
-    "model": [adapter.ModelAdapter, adapter.OwnProcessor],
+    "model": [adapter.ModelAdapter, adapter.EncodesImages, adapter.OwnProcessor],
     "algorithm": [protocol.Algorithm, policy_gradient.PolicyGradient],
     "reward": [rewards.Reward],
     "engine": [engines.TrainEngine, engines.RolloutEngine],

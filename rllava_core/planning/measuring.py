@@ -22,6 +22,7 @@ from rllava_core.planning.tracing import META, Footprint, Tracer, backward, on_m
 from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.adapter import Part
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
+from rllava_core.policy.encoding import encoding_adapter
 from rllava_core.policy.memory import Memory
 from rllava_core.policy.policy import Policy
 
@@ -61,6 +62,24 @@ class Laboratory:
         self._episodes = episodes
         self._autocast = autocast
         self._layers = _layer_lists(policy)
+
+    def encoding(self) -> Footprint | None:
+        """What it takes to see one image, if that is done once; batches then hold what became of it."""
+        adapter = encoding_adapter(self.policy)
+        if adapter is None or not self._media.one:
+            return None
+        found: dict[str, Tensor] = {}
+
+        def traced() -> list[Footprint]:
+            tracer = self._tracer()
+            tracer.label = "vision"
+            with torch.no_grad(), tracer:
+                found.update(adapter.encode_images(self.policy.model, self._media.collated([self._media.one])))
+                return [tracer.stage()]
+
+        footprint = self._largest(traced)
+        self._media.show_encoded(found)
+        return footprint
 
     def update(self, trajectories: Sequence[Trajectory], how: Pass) -> Footprint:
         """Forward and backward of one micro-batch."""

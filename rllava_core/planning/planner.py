@@ -200,6 +200,7 @@ class _Subject:
             )
         autocast = torch.bfloat16 if request.levers.mixed_precision == "bf16" else None
         self.laboratory = Laboratory(self.policy, self.media, self.episodes, autocast)
+        self.encoding = self.laboratory.encoding() if request.options.encoded_bytes else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trained = sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
         self.weights = module_bytes(self.policy.model)
@@ -291,6 +292,8 @@ class _Parts:
         kept = {**before, "optimizer": self.optimizer_device, "gradients": 0 if self.streamed else self.gradients}
         limit = request.levers.max_sequences
         found = [self._loading(before)]
+        if subject.encoding is not None:
+            found.append(self._phase("encoding", kept, subject.encoding))
         shown = min(workload.episodes, limit, request.evaluated or limit)
         found.append(self._phase("evaluation", kept, subject.sampling(shown, 1)))
         if request.levers.unseen_images != "ignore" and workload.image is not None and workload.images:
@@ -344,12 +347,13 @@ class _Parts:
         return self._placed(name, device, host)
 
     def _host(self) -> dict[str, int]:
-        workload, media = self.request.workload, self.subject.media.bytes
+        workload, media = self.request.workload, self.subject.media
         # Every process holds the trajectories of all.
         images = workload.prompts * workload.images * workload.turns * (1 + self.request.acting_copy)
         return {
             "process": PROCESS if self.request.device == "cpu" else CUDA_HOST,
-            "images": min(MEDIA_LIMIT, images * media),
+            "images": min(MEDIA_LIMIT, images * media.bytes),
+            "encoded images": min(self.request.options.encoded_bytes, images * media.encoded_bytes),
             "optimizer on the CPU": self.states if self.request.levers.optimizer_on_cpu else 0,
         }
 

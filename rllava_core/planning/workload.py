@@ -46,13 +46,14 @@ class Workload:
 class PlannedMedia(MediaStore):
     """Features of images of one size: those of one grey image, with zeros for their values.
 
-    bytes: of the features of one.
+    bytes: of the features of one. encoded_bytes: of what frozen parts make of it.
     """
 
     def __init__(self, adapter: ModelAdapter, size: tuple[int, int] | None) -> None:
         super().__init__(adapter)
-        self.bytes = 0
+        self.bytes = self.encoded_bytes = 0
         self._features: Features = {}
+        self._shown: Features = {}
         if size is not None:
             width, height = size
             grey = Image.from_array(np.full((height, width), 127, dtype=np.uint8), f"an image of {width}x{height}")
@@ -61,13 +62,23 @@ class PlannedMedia(MediaStore):
             self._features = {
                 name: without_data(values) if values.is_floating_point() else values for name, values in found.items()
             }
+            self._shown = self._features
 
     @property
     def one(self) -> Features:
         return self._features
 
+    def show_encoded(self, encoded: Features) -> None:
+        """From now on batches hold this for each image."""
+        self.encode_by(lambda _: encoded)
+        self._shown = encoded
+        self.encoded_bytes = sum(values.nbytes for values in encoded.values())
+
     def features(self, images: Sequence[Image]) -> list[Features]:
         return [self._features for _ in images]
+
+    def shown(self, images: Sequence[Image]) -> list[Features]:
+        return [self._shown for _ in images]
 
 
 class Episodes:

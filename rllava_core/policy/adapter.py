@@ -125,3 +125,21 @@ class OwnProcessor(Protocol):
     def own_inputs(self, tokens: Sequence[int], images: Sequence[Image]) -> dict[str, Tensor]:
         """Keyword arguments of the model's own `forward` for one whole sequence with all its images."""
         ...
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """What an adapter may offer beside: to compute apart what the parts that see make of an image, so that where they
+    are frozen it is done once an image, not in every pass."""
+
+    def encodes_images(self, model: PreTrainedModel) -> bool:
+        """Whether it can with this model."""
+        ...
+
+    def encode_images(self, model: PreTrainedModel, media: Mapping[str, Tensor]) -> Features:
+        """What vision part and connector make of the images in `media`, which `collate` made.
+
+        Those of several images, each tensor concatenated along its first dimension, are taken by `hidden_states` as
+        `media`, in the place of what `collate` makes of them.
+        """
+        ...

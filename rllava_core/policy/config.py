@@ -61,6 +61,12 @@ class ModelConfig(Options):
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     train: TrainedParts = Field(default_factory=TrainedParts, description="what of the model is trained, and how")
     lora: LoraOptions = Field(default_factory=LoraOptions, description="the adapters of parts trained by `lora`")
+    encoded_bytes: int = Field(
+        default=2**30,
+        ge=0,
+        description="where vision and connector are frozen, host memory for what they make of images, which is then "
+        "computed once an image; 0: in every pass",
+    )
     quantization: Literal["none", "nf4"] = Field(
         default="none",
         description="nf4: hold the linear layers of a language model trained by `lora` in 4 bits (QLoRA, "

@@ -1,13 +1,19 @@
-"""Preprocessed images: made once an image, kept on the host, used by rollout and update alike."""
+"""Images on the host, made once an image: preprocessed, or encoded as the language model reads them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from threading import Lock
+from collections.abc import Callable, Sequence
+from threading import RLock
+
+import torch
+from torch import Tensor
 
 from rllava_core.mdp.images import Image
 from rllava_core.policy.adapter import Features, ModelAdapter
+
+ENCODED_BYTES = 2**30
+"""Of what frozen parts have made of images, unless a config says otherwise."""
 
 
 class MediaStore:
@@ -15,24 +21,57 @@ class MediaStore:
 
     Trajectories keep their images, so an entry that was dropped is made again from the same pixels: the limit bounds
     memory and changes no result. Threads may ask at the same time.
+
+    limit_bytes: of preprocessed images.
     """
 
     def __init__(self, adapter: ModelAdapter, limit_bytes: int = 2**30) -> None:
         self._adapter = adapter
-        self._limit = limit_bytes
-        self._entries: OrderedDict[str, Features] = OrderedDict()
-        self._bytes = 0
-        self._lock = Lock()
+        self._lock = RLock()
+        self._preprocessed = _Kept(adapter.preprocess, limit_bytes)
+        self._encoded: _Kept | None = None
+
+    def encode_by(self, encode: Callable[[Features], Features], limit_bytes: int = ENCODED_BYTES) -> None:
+        """From now on batches hold what `encode` makes of each preprocessed image."""
+        self._encoded = _Kept(lambda image: encode(self._preprocessed.of(image)), limit_bytes)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether batches hold encoded images."""
+        return self._encoded is not None
 
     def features(self, images: Sequence[Image]) -> list[Features]:
-        """The features of each image, in order. Raises DataError for an image that the model cannot take."""
+        """Each image preprocessed, in order. Raises DataError for an image that the model cannot take."""
         with self._lock:
-            return [self._get(image) for image in images]
+            return [self._preprocessed.of(image) for image in images]
 
-    def _get(self, image: Image) -> Features:
+    def shown(self, images: Sequence[Image]) -> list[Features]:
+        """Each image as a batch holds it: encoded, or preprocessed. Raises as `features` does."""
+        with self._lock:
+            return [(self._encoded or self._preprocessed).of(image) for image in images]
+
+    def collated(self, shown: Sequence[Features]) -> dict[str, Tensor]:
+        """Images of a batch, in order, as `ModelAdapter.hidden_states` takes them."""
+        if not shown:
+            return {}
+        if self._encoded is None:
+            return self._adapter.collate(shown)
+        return {name: torch.cat([item[name] for item in shown]) for name in shown[0]}
+
+
+class _Kept:
+    """What was made of images, up to a limit of bytes."""
+
+    def __init__(self, make: Callable[[Image], Features], limit: int) -> None:
+        self._make = make
+        self._limit = limit
+        self._entries: OrderedDict[str, Features] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, image: Image) -> Features:
         entry = self._entries.get(image.digest)
         if entry is None:
-            entry = self._adapter.preprocess(image)
+            entry = self._make(image)
             self._entries[image.digest] = entry
             self._bytes += _size(entry)
             while self._bytes > self._limit and len(self._entries) > 1:

@@ -26,6 +26,7 @@ class Piece:
     """A run of tokens. Equal if tokens and images are: whoever compares pieces knows that they start at one position.
 
     images, ends: the content of each image, in order, and where in the run the segment that shows it ends.
+    features: of each image, as `MediaStore.shown` has it.
     positions: [axes, T] int64.
     start, next_position: where it starts, and where what follows it does.
     """
@@ -110,8 +111,7 @@ class Pieces:
 
     def collated(self, pieces: Iterable[Piece]) -> dict[str, Tensor]:
         """The images of all pieces, in order, as the model's keyword arguments."""
-        features = [item for piece in pieces for item in piece.features]
-        return self._adapter.collate(features) if features else {}
+        return self._media.collated([item for piece in pieces for item in piece.features])
 
     def _made(
         self,
@@ -127,10 +127,10 @@ class Pieces:
             length += len(tokens)
             ends += [length] * len(images)
             if isinstance(segment, ContextSegment):
-                shown = self._media.features(images)
-                check_context(segment, shown, self._adapter, name)
-                features += shown
-                positions.append(self._adapter.positions(tokens, shown, position).numpy())
+                preprocessed = self._media.features(images)
+                check_context(segment, preprocessed, self._adapter, name)
+                features += self._media.shown(images)
+                positions.append(self._adapter.positions(tokens, preprocessed, position).numpy())
                 position = int(positions[-1].max()) + 1
             else:
                 positions.append(self._counting(position, len(tokens)))

@@ -9,7 +9,9 @@ Only transformers' public interfaces are used: `from_pretrained`, `apply_chat_te
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -17,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Cache, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
@@ -30,6 +33,21 @@ RENDERED = 4096
 
 _ANSWER = "An answer."
 """Stands for what the assistant said, where only what follows it is wanted."""
+
+
+_GIVEN = "mm_encoder_outputs"
+"""The argument by which a model of transformers takes what it would make of images (5.24; 5.17 has none)."""
+
+_ENCODED = "encoded"
+"""In `media`: [T, H], what takes the places of image tokens; with a number, what is added to them behind a layer."""
+
+
+@dataclass
+class _Encoded(ModelOutput):
+    """As `get_image_features` of all families would return it, of all images of a batch."""
+
+    pooler_output: tuple[Tensor, ...]
+    deepstack_features: tuple[tuple[Tensor, ...], ...] | None = None
 
 
 class TransformersAdapter:
@@ -187,10 +205,24 @@ class TransformersAdapter:
             position_ids=positions if len(positions) > 1 else positions[0],
             use_cache=cache is not None,
             **{cache_argument(model.model): cache},
-            **media,
+            **_given(media),
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def encodes_images(self, model: PreTrainedModel) -> bool:
+        inner = model.model
+        return hasattr(inner, "get_image_features") and _GIVEN in inspect.signature(inner.forward).parameters
+
+    def encode_images(self, model: PreTrainedModel, media: Mapping[str, Tensor]) -> Features:
+        inner = model.model
+        taken = inspect.signature(inner.get_image_features).parameters
+        output = inner.get_image_features(
+            **{name: values for name, values in media.items() if name in taken}, return_dict=True
+        )
+        levels = getattr(output, "deepstack_features", None) or ()
+        found = {_ENCODED: _joined(output.pooler_output)}
+        return found | {f"{_ENCODED}.{level}": _joined(values) for level, values in enumerate(levels)}
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
         head = model.get_output_embeddings()
@@ -306,6 +338,19 @@ class TransformersAdapter:
             return loader(self.config.path, trust_remote_code=self.config.trust_remote_code, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(f"model {self.config.path}: cannot be loaded: {error}") from None
+
+
+def _given(media: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The model's keyword arguments of images, whether they are pixels or encoded."""
+    if _ENCODED not in media:
+        return dict(media)
+    levels = tuple((media[f"{_ENCODED}.{level}"],) for level in range(len(media) - 1))
+    return {_GIVEN: {"image": _Encoded((media[_ENCODED],), levels or None)}}
+
+
+def _joined(values: Tensor | Sequence[Tensor]) -> Tensor:
+    """[T, H] of all images."""
+    return values if isinstance(values, Tensor) and values.ndim == 2 else torch.cat(tuple(values))
 
 
 def _wording(messages: Sequence[Message]) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.messages import Message
-from rllava_core.policy.adapter import ModelAdapter, OwnProcessor
+from rllava_core.policy.adapter import EncodesImages, ModelAdapter, OwnProcessor
 from rllava_core.testing.conformance import require
 from rllava_core.testing.models_base import ModelSuite, Piece, head_weight
 
@@ -70,6 +70,28 @@ class ForwardChecks(ModelSuite):
                 expected,
                 "the model's own forward gives other logits for a whole prompt",
             )
+
+    @torch.no_grad()
+    def test_images_encoded_apart_are_seen_the_same(self) -> None:
+        """For an adapter that is an `EncodesImages`: each image alone, and then all of them in one batch."""
+        adapter, model = self.loaded()
+        if not isinstance(adapter, EncodesImages):
+            raise SkipTest("the adapter does not encode images apart")
+        says = adapter.encodes_images(model)
+        require(isinstance(says, bool), f"encodes_images() gave {says!r}; say True or False")
+        if not says:
+            raise SkipTest("the adapter says that it cannot encode images of this model apart")
+        rows = [[self.piece(adapter, *parts)] for parts in self.conversations()]
+        features = [item for [piece] in rows for item in piece.features]
+        encoded = [adapter.encode_images(model, adapter.collate([item])) for item in features]
+        try:
+            media = {name: torch.cat([item[name] for item in encoded]) for name in encoded[0]}
+            found = self.hidden(adapter, model, rows, [media])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"
+            require(False, f"hidden_states() does not take what encode_images() made of several images ({problem})")
+        for own, expected in zip(found, self.hidden(adapter, model, rows), strict=True):
+            self.require_close(own, expected, "images that were encoded apart give other hidden states")
 
     @torch.no_grad()
     def test_continuations_in_one_row_do_not_see_each_other(self) -> None:

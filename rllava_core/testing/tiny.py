@@ -46,13 +46,21 @@ class TinyModel(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def hidden(self, tokens: Tensor, patches: Tensor | None, **inputs: Any) -> Tensor:
-        """[N, T, H] after the final norm. tokens: [N, T]; patches: [placeholders in `tokens`, 3·4·4]."""
+    def see(self, patches: Tensor) -> Tensor:
+        """[squares, H] of [squares, 3·4·4]."""
+        # Images come in float32, whatever the precision of the weights.
+        return cast(Tensor, self.vision(patches.to(self.vision.weight.dtype)))
+
+    def hidden(self, tokens: Tensor, patches: Tensor | None, seen: Tensor | None = None, **inputs: Any) -> Tensor:
+        """[N, T, H] after the final norm.
+
+        tokens: [N, T]; patches: [placeholders in `tokens`, 3·4·4], or what `see` has made of them.
+        """
         embedded = self.backbone.embed_tokens(tokens)
         if patches is not None:
+            seen = self.see(patches)
+        if seen is not None:
             images = (tokens == IMAGE).unsqueeze(-1).expand_as(embedded)
-            # Images come in float32, whatever the precision of the weights.
-            seen = self.vision(patches.to(self.vision.weight.dtype))
             embedded = embedded.masked_scatter(images, seen.to(embedded.dtype))
         return cast(Tensor, self.backbone(inputs_embeds=embedded, **inputs).last_hidden_state)
 
@@ -157,11 +165,21 @@ class TinyAdapter:
         return model.hidden(
             tokens,
             media.get("patches"),
+            media.get("seen"),
             attention_mask=attention_mask,
             position_ids=positions[0],
             use_cache=cache is not None,
             **{cache_argument(model.backbone): cache},
         )
+
+    def encodes_images(self, model: PreTrainedModel) -> bool:
+        """Optional, as is the next: without them, frozen parts see every image again in every pass."""
+        return True
+
+    def encode_images(self, model: PreTrainedModel, media: Mapping[str, Tensor]) -> Features:
+        """[squares, H], which `hidden_states` puts where the squares would go."""
+        assert isinstance(model, TinyModel)
+        return {"seen": model.see(media["patches"])}
 
     def lm_head(self, model: PreTrainedModel) -> nn.Module:
         """Applied by the policy to a few states at a time, so that the logits of all are never held at once."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from rllava_core.algorithms.protocol import Algorithm
 from rllava_core.config import Resolved, ResolvedConfig
@@ -21,8 +22,9 @@ from rllava_core.mdp.pool import EnvironmentPool
 from rllava_core.mdp.rewards import WeightedReward
 from rllava_core.policy.adapter import ModelAdapter
 from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.encoding import encoder_of
 from rllava_core.policy.hosted import Hosted
-from rllava_core.policy.media import MediaStore
+from rllava_core.policy.media import ENCODED_BYTES, MediaStore
 from rllava_core.policy.policy import Head, Policy
 from rllava_core.policy.trained import copy_sharing_frozen, set_trained, share_frozen
 from rllava_core.training.environments import environment_pool
@@ -173,12 +175,21 @@ def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack,
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     ending.callback(close, trainer)
+    _encode_once(resolved.model.config, policy, media, trainer)
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
     ending.callback(close, sampler)
     world = trainer.world
     episodes = Episodes(policy.adapter, media, sampler, task.environments, task.limits, world=world)
     ending.callback(episodes.close)
     return Parts(task, episodes, policy.adapter, media, policy, algorithm, trainer, sampler, ending.pop_all())
+
+
+def _encode_once(config: BaseModel, policy: Policy, media: MediaStore, trainer: TrainEngine) -> None:
+    """Let frozen parts see every image once."""
+    limit = config.encoded_bytes if isinstance(config, ModelConfig) else ENCODED_BYTES
+    encode = encoder_of(policy, trainer.autocast) if limit else None
+    if encode is not None:
+        media.encode_by(encode, limit)
 
 
 def _check_overlap(resolved: ResolvedConfig, algorithm: Algorithm) -> None:

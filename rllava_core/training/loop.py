@@ -85,8 +85,14 @@ def train(
         # Nothing is written before everything is there, so that a mistake leaves no directory that seems to hold a run.
         if world.rank == 0:
             directory.begin(resolved.run)
-            device, layout = device_name(parts.policy), parts.trainer.layout
-            directory.write_manifest(registry, training.seed, device, layout, world.size)
+            directory.write_manifest(
+                registry,
+                seed=training.seed,
+                device=device_name(parts.policy),
+                layout=parts.trainer.layout,
+                images="encoded once" if parts.media.encodes else "encoded in every pass",
+                processes=world.size,
+            )
         observer.started(directory.path, training.steps, None if latest is None else progress.step)
         return _Run(resolved, registry, directory, observer, parts, progress, resumed=latest is not None).execute()
 

@@ -102,19 +102,16 @@ class RunDirectory:
                 "the run was made with; remove it to go on with those installed"
             ) from error
 
-    def write_manifest(self, registry: Registry, seed: int, device: str, layout: str, processes: int = 1) -> None:
-        """Versions of everything that computes, the seed, the device, how batches are laid out, how many processes
-        there are, and the state of the code."""
+    def write_manifest(self, registry: Registry, **facts: str | int) -> None:
+        """Versions of everything that computes, the state of the code, and what else is known of how this run computes:
+        the seed, the device, how batches are laid out."""
         manifest = {
             "core": version("rllava-core"),
             "hook_api": HOOK_API,
             "plugins": {plugin.distribution: plugin.version for plugin in registry.plugins if plugin.usable},
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
-            "seed": seed,
-            "device": device,
-            "layout": layout,
-            "processes": processes,
+            **facts,
             "git": _git_state(),
         }
         with writing(str(self.manifest)):

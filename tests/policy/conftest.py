@@ -57,7 +57,7 @@ class PreciseTinyAdapter(TinyAdapter):
 
     def hidden_states(self, model: Any, *, tokens: Tensor, media: Mapping[str, Tensor], **inputs: Any) -> Tensor:
         assert self.takes_trees or inputs["attention_mask"].ndim == 2
-        self.runs.append((tuple(tokens.shape), len(media["patches"]) if media else 0))
+        self.runs.append((tuple(tokens.shape), len(next(iter(media.values()))) if media else 0))
         return super().hidden_states(model, tokens=tokens, media=media, **inputs)
 
 

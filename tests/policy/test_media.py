@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 from rllava_core.errors import DataError
 from rllava_core.mdp.images import Image
-from rllava_core.mdp.trajectory import Trajectory
+from rllava_core.mdp.trajectory import ContextSegment, Trajectory
 from rllava_core.policy.batch import BatchBuilder
+from rllava_core.policy.encoding import encoder_of
 from rllava_core.policy.media import MediaStore
 from rllava_core.testing.tiny import PATCH
 
@@ -93,6 +95,67 @@ def test_dropping_features_changes_no_result(toy: Any, mixed: list[Trajectory]) 
 
     assert torch.equal(outputs[0].logprobs, outputs[1].logprobs)
     assert torch.equal(outputs[0].entropies, outputs[1].entropies)
+
+
+def test_what_is_frozen_sees_each_picture_once(toy: Any, mixed: list[Trajectory]) -> None:
+    policy = toy.policy()
+    assert encoder_of(policy, nullcontext) is None, "its vision part is trained"
+    policy.model.vision.requires_grad_(False)
+    plain, store = MediaStore(policy.adapter), MediaStore(policy.adapter)
+    seen: list[int] = []
+    policy.model.vision.register_forward_hook(lambda _, patches, __: seen.append(len(patches[0])))
+
+    store.encode_by(encoder_of(policy, nullcontext))
+    outputs = []
+    for media in (plain, store, store):
+        before = len(seen)
+        builder = BatchBuilder(policy.adapter, media)
+        for trajectory in mixed:
+            builder.add_trajectory(trajectory)
+        outputs.append((policy(builder.build()), len(seen) - before))
+
+    pictures = {
+        image.digest
+        for trajectory in mixed
+        for turn in trajectory.turns
+        for segment in turn.context
+        if isinstance(segment, ContextSegment)
+        for image in segment.images
+    }
+    (expected, passes), (first, encoded), (again, none) = outputs
+    assert passes > 0
+    assert (encoded, none) == (len(pictures), 0)
+    weights = [weight for weight in policy.parameters() if weight.requires_grad]
+    numbers = [
+        [item.logprobs, item.entropies, *torch.autograd.grad(item.logprobs.sum(), weights)]
+        for item in (expected, first, again)
+    ]
+    for values in numbers[1:]:
+        for found, right in zip(values, numbers[0], strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_encoded_pictures_are_bounded_by_bytes_of_their_own(toy: Any) -> None:
+    adapter = toy.adapter()
+    made: list[int] = []
+
+    def encode(features: Any) -> Any:
+        made.append(len(features["patches"]))
+        return {"seen": torch.zeros(len(features["patches"]), 16)}
+
+    store = MediaStore(adapter)
+    store.encode_by(encode, limit_bytes=4 * 16 * 4)
+    one, two, three = (toy.picture(8, 4, seed) for seed in range(3))  # two patches each: two fit
+
+    store.shown([one, two, one, three])  # drops the second
+    assert made == [2, 2, 2]
+    store.shown([one, three])
+    assert made == [2, 2, 2]
+    store.shown([two])
+    assert made == [2, 2, 2, 2]
+    assert adapter.preprocessed == ["picture 0", "picture 1", "picture 2"]
+    assert store.collated(store.shown([one, two]))["seen"].shape == (4, 16)
+    assert store.collated([]) == {}
 
 
 def test_a_picture_that_the_model_cannot_take_is_named(toy: Any) -> None:

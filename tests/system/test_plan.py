@@ -195,6 +195,21 @@ def test_copies_adapters_and_quantization(config: Path) -> None:
     assert phase(packed, "rollout")["host"]["weights"] < phase(adapted, "rollout")["host"]["weights"]
 
 
+def test_frozen_parts_see_each_image_once(config: Path) -> None:
+    frozen = "model.train={vision: frozen, connector: frozen}"
+    every, once = planned(config, frozen, "model.encoded_bytes=0"), planned(config, frozen)
+    assert "encoding" not in {item["name"] for item in every["phases"]}
+    assert {item["name"] for item in once["phases"] if "vision" in item["host"]} == {"encoding"}
+    assert len({item["name"] for item in every["phases"] if "vision" in item["host"]}) > 1
+    # As many numbers in float32 as a prompt has tokens of its image, in the language model's width of 64.
+    prompts = 4
+    assert phase(once, "update")["host"]["encoded images"] == prompts * once["image_tokens"] * 64 * 4
+    assert once["seconds"]["update"] < every["seconds"]["update"]
+
+    bounded = planned(config, frozen, "model.encoded_bytes=1000")
+    assert phase(bounded, "update")["host"]["encoded images"] == 1000
+
+
 def test_sampling_while_training_takes_its_memory_beside_what_training_takes(config: Path) -> None:
     plain = planned(config, "algorithm.importance=token")
     ahead = planned(config, "algorithm.importance=token", "engine.rollout.async=1")

@@ -47,6 +47,7 @@ LANGUAGE = {"vision": "frozen", "connector": "frozen", "language": "lora"}
 EVERYWHERE = {"vision": "lora", "connector": "lora", "language": "lora"}
 MIXED = {"vision": "frozen", "connector": "full", "language": "lora"}
 SEEING = {"vision": "frozen"}
+FROZEN = {"vision": "frozen", "connector": "frozen"}
 QUANTIZED = {"quantization": "nf4"}
 
 
@@ -89,6 +90,42 @@ def last_checkpoint(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("adapter", "preset"),
+    [("qwen2vl", "tiny-qwen3"), ("llava", "tiny-next"), ("smolvlm", "tiny")],
+)
+def test_what_is_frozen_sees_each_image_once(adapter: str, preset: str, tmp_path: Path) -> None:
+    """As in the run in which it sees them in every pass; and where nothing can be kept, to the last bit."""
+    algorithm = {**CONFIG["algorithm"], "kl_coefficient": 0.01}
+    training = {**CONFIG["training"], "steps": 3}
+    model = {"adapter": adapter, "from_scratch": preset}
+    config = write(tmp_path, FROZEN, model=model, algorithm=algorithm, training=training)
+    metrics, facts = {}, {}
+    for kept in (2**30, 1, 0):
+        directory = tmp_path / f"{kept}"
+        done = run("train", config, f"model.encoded_bytes={kept}", "--run-dir", directory)
+        assert done.exit_code == 0, done.output
+        lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        metrics[kept] = [
+            {name: value for name, value in json.loads(line).items() if not name.startswith("time/")} for line in lines
+        ]
+        facts[kept] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["images"]
+
+    assert facts == {2**30: "encoded once", 1: "encoded once", 0: "encoded in every pass"}
+    assert metrics[1] == metrics[2**30]
+    for found, expected in zip(metrics[2**30], metrics[0], strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_what_is_trained_sees_images_in_every_pass(tmp_path: Path) -> None:
+    for train in (SEEING, {"vision": "lora", "connector": "frozen"}):
+        config = write(tmp_path, train, training={**CONFIG["training"], "steps": 1})
+        done = run("train", config, "--run-dir", tmp_path / train["vision"])
+        assert done.exit_code == 0, done.output
+        manifest = json.loads((tmp_path / train["vision"] / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["images"] == "encoded in every pass"
+
+
+@pytest.mark.parametrize(
     ("train", "further"),
     [(LANGUAGE, {}), (EVERYWHERE, {}), (MIXED, {}), (MIXED, QUANTIZED), (SEEING, {})],
     ids=["language", "all", "mixed", "quantized", "frozen"],
@@ -120,12 +157,14 @@ def test_exactly_what_is_trained_changes(train: dict[str, str], further: dict[st
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "further"),
-    [("grpo", {}), ("grpo", QUANTIZED), ("ppo", {})],
-    ids=["grpo", "grpo quantized", "ppo"],
+    ("algorithm", "train", "further"),
+    [("grpo", MIXED, {}), ("grpo", LANGUAGE, {}), ("grpo", MIXED, QUANTIZED), ("ppo", MIXED, {})],
+    ids=["grpo", "grpo encoded", "grpo quantized", "ppo"],
 )
-def test_a_run_with_adapters_is_resumed_exactly(algorithm: str, further: dict[str, Any], tmp_path: Path) -> None:
-    """With a reference policy, and with a critic that has adapters of its own."""
+def test_a_run_with_adapters_is_resumed_exactly(
+    algorithm: str, train: dict[str, str], further: dict[str, Any], tmp_path: Path
+) -> None:
+    """With a reference policy, with images that are encoded once, and with a critic that has adapters of its own."""
     chosen = {
         "grpo": {"name": "grpo", "group_size": 4, "kl_coefficient": 0.1},
         "ppo": {"name": "ppo", "group_size": 4, "kl_coefficient": 0.1, "critic": "separate"},
@@ -133,7 +172,7 @@ def test_a_run_with_adapters_is_resumed_exactly(algorithm: str, further: dict[st
     pytest.importorskip(f"rllava_{algorithm}", reason=f"rllava-{algorithm} is not installed")
     if further:
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    config = write(tmp_path, MIXED, algorithm=chosen, model=further)
+    config = write(tmp_path, train, algorithm=chosen, model=further)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = run("train", config, "--run-dir", whole)
     assert done.exit_code == 0, done.output

@@ -115,6 +115,31 @@ class RenderedOtherwise(WithItsOwn):
         return (*super().render(*arguments, **options), ord(":"))
 
 
+class EncodesSomethingElse(Healthy):
+    def encode_images(self, model: Any, media: Any) -> Features:
+        return {"seen": super().encode_images(model, media)["seen"].flip(0)}
+
+
+class EncodesWhatItDoesNotTake(Healthy):
+    def encode_images(self, model: Any, media: Any) -> Features:
+        return {"states": super().encode_images(model, media)["seen"]}
+
+
+class EncodesWhatCannotBeJoined(Healthy):
+    def encode_images(self, model: Any, media: Any) -> Features:
+        return {"seen": super().encode_images(model, media)["seen"][None]}
+
+
+class EncodesPerhaps(Healthy):
+    def encodes_images(self, model: Any) -> Any:
+        return None
+
+
+class EncodesNothing(Healthy):
+    def encodes_images(self, model: Any) -> bool:
+        return False
+
+
 class OtherPositions(WithItsOwn):
     """As a family whose images have positions of their own would be read by an adapter that counts."""
 
@@ -306,6 +331,12 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
         (RenderedOtherwise, "of which render"),
         (OtherPositions, "gives other logits"),
     ],
+    "images_encoded_apart_are_seen_the_same": [
+        (EncodesSomethingElse, "encoded apart give other hidden states"),
+        (EncodesWhatItDoesNotTake, "encoded apart give other hidden states"),
+        (EncodesWhatCannotBeJoined, "does not take what encode_images"),
+        (EncodesPerhaps, "gave None; say True or False"),
+    ],
     "continuations_in_one_row_do_not_see_each_other": [
         (ContinuationsMixed, "that must not see each other"),
         (OtherStatesWithoutACache, "in one row, without a cache"),
@@ -385,7 +416,7 @@ def test_a_mutant_is_caught(check: str, mutant: type[Healthy], message: str) -> 
         getattr(Suite(mutant), f"test_{check}")()
 
 
-@pytest.mark.parametrize("made", [Healthy, TinyAdapter, WithItsOwn, NoTrees])
+@pytest.mark.parametrize("made", [Healthy, TinyAdapter, WithItsOwn, NoTrees, EncodesNothing])
 def test_a_healthy_adapter_passes(made: type[TinyAdapter]) -> None:
     check_model_adapter(lambda: made(ModelConfig(from_scratch="tiny")))
 

@@ -100,6 +100,10 @@ class AnyVLM(TransformersAdapter):
             found[name] = torch.cat([_padded(value, largest) for value in values])
         return found
 
+    def encodes_images(self, model: PreTrainedModel) -> bool:
+        """Nobody knows what else a family does with its images."""
+        return False
+
     def part_of(self, parameter: str) -> Part:
         return part_of(parameter, self._parts)
 
