@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from threading import RLock
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class MediaStore:
 
     def __init__(self, adapter: ModelAdapter, limit_bytes: int = 2**30) -> None:
         self._adapter = adapter
-        self._lock = RLock()
+        self._lock = Lock()
         self._preprocessed = _Kept(adapter.preprocess, limit_bytes)
         self._encoded: _Kept | None = None
 
