@@ -20,7 +20,7 @@ from rllava_core.engines.offloading import SMALLEST
 from rllava_core.mdp.trajectory import Trajectory
 from rllava_core.planning.tracing import META, Footprint, Tracer, backward, on_meta
 from rllava_core.planning.workload import Episodes, PlannedMedia
-from rllava_core.policy.adapter import Part
+from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
 from rllava_core.policy.encoding import encoding_adapter
 from rllava_core.policy.memory import Memory
@@ -68,17 +68,19 @@ class Laboratory:
         adapter = encoding_adapter(self.policy)
         if adapter is None or not self._media.one:
             return None
-        found: dict[str, Tensor] = {}
+        found: list[Features] = []
 
         def traced() -> list[Footprint]:
             tracer = self._tracer()
             tracer.label = "vision"
             with torch.no_grad(), tracer:
-                found.update(adapter.encode_images(self.policy.model, self._media.collated([self._media.one])))
+                found.append(adapter.encode_images(self.policy.model, self._media.collated([self._media.one])))
                 return [tracer.stage()]
 
         footprint = self._largest(traced)
-        self._media.show_encoded(found)
+        # Of all layers, for the language model may be given what comes from one far inside.
+        traced()
+        self._media.show_encoded(found[-1])
         return footprint
 
     def update(self, trajectories: Sequence[Trajectory], how: Pass) -> Footprint:

@@ -65,6 +65,10 @@ class Machine:
             # A token needs all weights once, and the cache of its sequence.
             read = steps * (subject.weights + sampling.peak.get("cache", 0))
             rollout = chunks * (sampling.flops / self.flops + read / self.bandwidth)
+        if subject.encoding is not None:
+            # As if all were new, which they are in the first epoch.
+            images = request.own_prompts * workload.images * workload.turns
+            rollout += images * subject.encoding.flops / self.flops
         share = len(parts.batch) / len(parts.micro_batch)
         passes = request.epochs * request.minibatches
         flops = parts.update.flops + (subject.evaluation(parts.micro_batch).flops if request.copies else 0)

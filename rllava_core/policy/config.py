@@ -65,7 +65,7 @@ class ModelConfig(Options):
         default=2**30,
         ge=0,
         description="where vision and connector are frozen, host memory for what they make of images, which is then "
-        "computed once an image; 0: in every pass",
+        "computed once an image (it should hold those of a step); 0: in every pass",
     )
     quantization: Literal["none", "nf4"] = Field(
         default="none",

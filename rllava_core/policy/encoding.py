@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rllava_core.errors import ModelError
 from rllava_core.policy.adapter import EncodesImages, Features
 from rllava_core.policy.policy import Policy
 
@@ -34,6 +35,8 @@ def encoder_of(
     alone, so that what becomes of it depends on nothing beside it, and a run that is resumed finds the same numbers.
 
     autocast: the context of forward passes.
+
+    The encoder raises ModelError where something that is trained takes part in it, whatever part it is said to be of.
     """
     adapter = encoding_adapter(policy)
     if adapter is None:
@@ -41,7 +44,15 @@ def encoder_of(
 
     def encode(features: Features) -> Features:
         media = {name: values.to(policy.device) for name, values in policy.adapter.collate([features]).items()}
-        with torch.no_grad(), autocast():
-            return {name: values.cpu() for name, values in adapter.encode_images(policy.model, media).items()}
+        # Gradients are asked for, to see that there are none.
+        with torch.inference_mode(False), torch.enable_grad(), autocast():
+            found = adapter.encode_images(policy.model, media)
+        if any(values.requires_grad for values in found.values()):
+            raise ModelError(
+                "the model's vision part and connector are frozen, and something that is trained takes part in what "
+                "they make of an image: the adapter's `part_of` says that it is of the language model; mend it, or set "
+                "model.encoded_bytes=0"
+            )
+        return {name: values.cpu() for name, values in found.items()}
 
     return encode

@@ -211,6 +211,8 @@ class TransformersAdapter:
         return hidden
 
     def encodes_images(self, model: PreTrainedModel) -> bool:
+        if type(self).hidden_states is not TransformersAdapter.hidden_states:
+            return False  # a family with a way of its own to pass images on may not know of these
         inner = model.model
         return hasattr(inner, "get_image_features") and _GIVEN in inspect.signature(inner.forward).parameters
 

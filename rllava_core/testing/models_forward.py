@@ -83,6 +83,14 @@ class ForwardChecks(ModelSuite):
             raise SkipTest("the adapter says that it cannot encode images of this model apart")
         rows = [[self.piece(adapter, *parts)] for parts in self.conversations()]
         features = [item for [piece] in rows for item in piece.features]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(adapter.part_of(name) == "language")
+        with torch.enable_grad():
+            alone = adapter.encode_images(model, adapter.collate(features[:1]))
+        require(
+            not any(values.requires_grad for values in alone.values()),
+            "encode_images() computes with weights that part_of() says are the language model's, which may be trained",
+        )
         encoded = [adapter.encode_images(model, adapter.collate([item])) for item in features]
         try:
             media = {name: torch.cat([item[name] for item in encoded]) for name in encoded[0]}

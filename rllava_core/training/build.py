@@ -94,7 +94,8 @@ class Players:
 def build_players(resolved: ResolvedConfig, checkpoint: Path | None = None) -> Players:
     """For evaluation: the model, or the weights of a checkpoint, unless the engine answers by a model of its own."""
     if "own_model" not in resolved.rollout_engine.component.spec.provides:
-        parts = build_parts(resolved, checkpoint, learning=False)
+        # Most images are seen once anyway, and those of a batch faster together.
+        parts = build_parts(resolved, checkpoint, learning=False, encoding=False)
         return Players(parts.task, parts.episodes, parts.algorithm, parts.policy, parts.ending)
     with ExitStack() as ending:
         task = build_task(resolved)
@@ -129,18 +130,23 @@ def build_task(resolved: ResolvedConfig) -> Task:
     return Task(environment_pool(resolved), examples, rewards, limits)
 
 
-def build_parts(resolved: ResolvedConfig, checkpoint: Path | None = None, *, learning: bool = True) -> Parts:
+def build_parts(
+    resolved: ResolvedConfig, checkpoint: Path | None = None, *, learning: bool = True, encoding: bool = True
+) -> Parts:
     """Load the model, or the weights of a checkpoint, and put everything together.
 
     learning: off for evaluation alone, which needs no copies of the policy and no critic.
+    encoding: whether frozen parts see each image once, where they can.
 
     Data are read before any weight is loaded, so that their errors come at once.
     """
     with ExitStack() as ending:
-        return _built(resolved, checkpoint, ending, learning=learning)
+        return _built(resolved, checkpoint, ending, learning=learning, encoding=encoding)
 
 
-def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack, *, learning: bool) -> Parts:
+def _built(
+    resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack, *, learning: bool, encoding: bool
+) -> Parts:
     run = resolved.run
     task = build_task(resolved)
     ending.callback(task.environments.close)
@@ -175,7 +181,8 @@ def _built(resolved: ResolvedConfig, checkpoint: Path | None, ending: ExitStack,
     media = MediaStore(policy.adapter)
     trainer: TrainEngine = resolved.train_engine.create(TrainSetup(policy, copies, media, run.training))
     ending.callback(close, trainer)
-    _encode_once(resolved.model.config, policy, media, trainer)
+    if encoding:
+        _encode_once(resolved.model.config, policy, media, trainer)
     sampler: RolloutEngine = resolved.rollout_engine.create(RolloutSetup(trainer.policy, media, trainer.autocast))
     ending.callback(close, sampler)
     world = trainer.world

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rllava_core.errors import DataError
+from rllava_core.errors import DataError, ModelError
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.trajectory import ContextSegment, Trajectory
 from rllava_core.policy.batch import BatchBuilder
@@ -133,6 +133,18 @@ def test_what_is_frozen_sees_each_picture_once(toy: Any, mixed: list[Trajectory]
     for values in numbers[1:]:
         for found, right in zip(values, numbers[0], strict=True):
             torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_trained_takes_no_part_in_what_is_kept(toy: Any) -> None:
+    """An adapter that says of a weight it sees with that it is the language model's."""
+    policy = toy.policy()
+    policy.model.vision.weight.requires_grad_(False)
+    policy.adapter.part_of = lambda name: "vision" if name == "vision.weight" else "language"
+    store = MediaStore(policy.adapter)
+    store.encode_by(encoder_of(policy, nullcontext))
+
+    with pytest.raises(ModelError, match="something that is trained takes part"):
+        store.shown([toy.picture(8, 8)])
 
 
 def test_encoded_pictures_are_bounded_by_bytes_of_their_own(toy: Any) -> None:

@@ -113,6 +113,35 @@ def test_images_become_as_many_tokens_as_the_family_makes_of_them(hub_id: str) -
     assert episodes.image_tokens == IMAGE_TOKENS[hub_id]
 
 
+@pytest.mark.parametrize(
+    ("hub_id", "levels"),
+    [("Qwen/Qwen2.5-VL-3B-Instruct", 0), ("Qwen/Qwen3-VL-2B-Instruct", 3), ("llava-hf/llava-1.5-7b-hf", 0)],
+)
+def test_frozen_parts_of_published_models_see_an_image_apart(hub_id: str, levels: int) -> None:
+    """levels: of DeepStack, whose layers lie deeper than those that are traced."""
+    from rllava_core.config import Resolved
+    from rllava_core.planning.measuring import Laboratory
+    from rllava_core.planning.shape import planned_adapter, planned_model
+    from rllava_core.planning.workload import Episodes, PlannedMedia, Workload
+    from rllava_core.policy.policy import Policy
+
+    component, _ = find_model(hub_id, load_plugins())
+    options = component.load_config()(path=hub_id, train={"vision": "frozen", "connector": "frozen"})  # type: ignore[misc]
+    adapter = planned_adapter(Resolved(component, options))
+    policy = Policy(adapter, planned_model(adapter, options))
+    workload = Workload(1, 1, (448, 448), 1, 64, 8)
+    media = PlannedMedia(adapter, workload.image)
+    laboratory = Laboratory(policy, media, Episodes(workload, adapter, media), None)
+
+    footprint = laboratory.encoding()
+
+    assert footprint is not None
+    assert footprint.flops > 0
+    width = policy.model.config.get_text_config().hidden_size
+    assert media.encoded_bytes == (1 + levels) * IMAGE_TOKENS[hub_id] * width * 4
+    assert laboratory.sampling(1, 2).flops > 0
+
+
 def test_a_large_model_by_the_name_that_people_call_it() -> None:
     """No config, no checkpoint, no network."""
     result = invoke("--model", "Qwen2-VL-2B", "--image", "224x224", "--answer-tokens", 16, "--json")

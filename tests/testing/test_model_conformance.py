@@ -120,6 +120,11 @@ class EncodesSomethingElse(Healthy):
         return {"seen": super().encode_images(model, media)["seen"].flip(0)}
 
 
+class EncodesByTheLanguageModel(Healthy):
+    def encode_images(self, model: Any, media: Any) -> Features:
+        return {"seen": super().encode_images(model, media)["seen"] + 0 * model.lm_head.weight[0]}
+
+
 class EncodesWhatItDoesNotTake(Healthy):
     def encode_images(self, model: Any, media: Any) -> Features:
         return {"states": super().encode_images(model, media)["seen"]}
@@ -333,6 +338,7 @@ MUTANTS: dict[str, list[tuple[type[Healthy], str]]] = {
     ],
     "images_encoded_apart_are_seen_the_same": [
         (EncodesSomethingElse, "encoded apart give other hidden states"),
+        (EncodesByTheLanguageModel, "part_of\\(\\) says are the language model's"),
         (EncodesWhatItDoesNotTake, "encoded apart give other hidden states"),
         (EncodesWhatCannotBeJoined, "does not take what encode_images"),
         (EncodesPerhaps, "gave None; say True or False"),
