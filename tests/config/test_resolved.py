@@ -29,6 +29,7 @@ def test_every_default_is_written_out(resolve: Resolve) -> None:
         "trust_remote_code": False,
         "train": {"vision": "full", "connector": "full", "language": "full"},
         "lora": {"rank": 16, "alpha": 32, "dora": False, "targets": None},
+        "encoded_bytes": 2**30,
         "quantization": "none",
     }
     assert set(written["training"]) == set(TrainingSection.model_fields)
