@@ -67,6 +67,17 @@ def run_toy(toy_config: Path, tmp_path: Path, watcher: Watcher) -> Callable[...,
 
 
 @pytest.fixture
+def logged(tmp_path: Path) -> Callable[[], list[dict[str, Any]]]:
+    """`logged()`: the lines of `metrics.jsonl` of the run in `tmp_path / "run"`."""
+
+    def read() -> list[dict[str, Any]]:
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+@pytest.fixture
 def build_toy(toy_config: Path) -> Callable[..., Parts]:
     """`build_toy("algorithm=toy_critic", …)`: the parts of a run of the toy."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -185,11 +184,11 @@ def test_the_end_of_a_run_waits_for_them(build_toy: Build) -> None:
 
 
 def test_a_run_trains_each_step_on_what_the_weights_before_it_sampled(
-    run_toy: Callable[..., dict[str, Any]], tmp_path: Path
+    run_toy: Callable[..., dict[str, Any]], logged: Callable[[], list[dict[str, Any]]]
 ) -> None:
     run_toy(*AHEAD, "training.steps=4", "training.eval_every=2")
 
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = logged()
     steps = lines[1:]
     assert [line["rollout/behind"] for line in steps] == [0.0, 1.0, 1.0, 1.0]
     # Only what the policy as it is has sampled can be compared with what it computes.
