@@ -43,6 +43,10 @@ class LoraOptions(Options):
 _ORIGINS = {"path": "a directory or hub id", "from_scratch": "a preset"}
 
 
+ENCODED_BYTES = 2**30
+"""What frozen parts have made of images takes so much host memory, unless a config says otherwise."""
+
+
 class ModelConfig(Options):
     """Base of model adapter configs: where the weights come from and how they are held.
 
@@ -62,7 +66,7 @@ class ModelConfig(Options):
     train: TrainedParts = Field(default_factory=TrainedParts, description="what of the model is trained, and how")
     lora: LoraOptions = Field(default_factory=LoraOptions, description="the adapters of parts trained by `lora`")
     encoded_bytes: int = Field(
-        default=2**30,
+        default=ENCODED_BYTES,
         ge=0,
         description="where vision and connector are frozen, host memory for what they make of images, which is then "
         "computed once an image (it should hold those of a step); 0: in every pass",

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from rllava_core.mdp.images import Image
 from rllava_core.policy.adapter import Features, ModelAdapter
-
-ENCODED_BYTES = 2**30
-"""Of what frozen parts have made of images, unless a config says otherwise."""
+from rllava_core.policy.config import ENCODED_BYTES
 
 
 class MediaStore:

@@ -21,10 +21,10 @@ from rllava_core.mdp.messages import Observation
 from rllava_core.mdp.pool import EnvironmentPool
 from rllava_core.mdp.rewards import WeightedReward
 from rllava_core.policy.adapter import ModelAdapter
-from rllava_core.policy.config import ModelConfig
+from rllava_core.policy.config import ENCODED_BYTES, ModelConfig
 from rllava_core.policy.encoding import encoder_of
 from rllava_core.policy.hosted import Hosted
-from rllava_core.policy.media import ENCODED_BYTES, MediaStore
+from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Head, Policy
 from rllava_core.policy.trained import copy_sharing_frozen, set_trained, share_frozen
 from rllava_core.training.environments import environment_pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from rllava_core.mdp.trajectory import ContextSegment
 from rllava_core.policy.media import MediaStore
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.sampling import Request, Sampler
+from rllava_qwen2vl.adapter import Qwen2VL
+from rllava_qwen2vl.config import Qwen2VLOptions
 
 Gradients = Callable[[Policy, Tensor], Mapping[str, Tensor]]
 
@@ -222,3 +225,17 @@ def test_the_model_has_the_precision_asked_for(bench: Any, dtype: str) -> None:
 
     assert found.dtype == torch.float32
     assert (found - expected).abs().mean() < 0.05
+
+
+def test_a_family_that_passes_images_on_by_itself_is_given_no_encoded_ones() -> None:
+    """It would be shown nothing, and nobody would say so: transformers takes arguments that it does not know."""
+
+    class ByItself(Qwen2VL):
+        def hidden_states(self, model: Any, **inputs: Any) -> Tensor:
+            return super().hidden_states(model, **inputs)
+
+    options = Qwen2VLOptions(from_scratch="tiny")
+    model = Qwen2VL(options).load()
+
+    assert Qwen2VL(options).encodes_images(model) == ("mm_encoder_outputs" in signature(model.model.forward).parameters)
+    assert not ByItself(options).encodes_images(model)
