@@ -116,6 +116,21 @@ def test_what_is_frozen_sees_each_image_once(adapter: str, preset: str, tmp_path
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_images_are_encoded_where_layers_under_adapters_are_computed_again(tmp_path: Path) -> None:
+    """transformers then lets what is embedded want gradients, though no weight is there to have one."""
+    training = {**CONFIG["training"], "steps": 2}
+    recomputed = {"train": {"name": "local", "checkpoint_activations": True}}
+    config = write(tmp_path, LANGUAGE, training=training, engine=recomputed)
+    norms = []
+    for kept in (2**30, 0):
+        done = run("train", config, f"model.encoded_bytes={kept}", "--run-dir", tmp_path / f"{kept}")
+        assert done.exit_code == 0, done.output
+        lines = (tmp_path / f"{kept}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        norms.append([json.loads(line)["policy/grad_norm"] for line in lines[1:]])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert all(norms[0])
+
+
 def test_what_is_trained_sees_images_in_every_pass(tmp_path: Path) -> None:
     for train in (SEEING, {"vision": "lora", "connector": "frozen"}):
         config = write(tmp_path, train, training={**CONFIG["training"], "steps": 1})
