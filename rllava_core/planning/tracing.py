@@ -199,10 +199,14 @@ class _Dispatch(TorchDispatchMode):
         return self._booked(func(*args, **kwargs), given)
 
     def _computed(self, func: Any, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        key = (func, _described(args), _described(tuple(kwargs.items()))) if _is_pure(func) else None
+        in_place = _is_in_place(func) and args[0].is_meta
+        remembered = in_place or _is_pure(func)
+        key = (func, _described(args), _described(tuple(kwargs.items()))) if remembered else None
         if key in _KNOWN:
             outputs, flops = _KNOWN[key]
             self._tracer.flops += flops
+            if in_place:
+                return args[0]
             made = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in outputs]
             for tensor in made:
                 self._tracer.hold(tensor)
@@ -213,7 +217,9 @@ class _Dispatch(TorchDispatchMode):
         count = flop_registry.get(func._overloadpacket)
         flops = 0 if count is None else int(count(*args, **kwargs, out_val=out))
         self._tracer.flops += flops
-        if key is not None and (isinstance(out, Tensor) or all(isinstance(item, Tensor) for item in out)):
+        if in_place:
+            _KNOWN[key] = ([], flops)
+        elif key is not None and (isinstance(out, Tensor) or all(isinstance(item, Tensor) for item in out)):
             made = [out] if isinstance(out, Tensor) else out
             _KNOWN[key] = ([(item.shape, item.stride(), item.dtype) for item in made], flops)
         label = "cache" if func is torch.ops.aten.new_empty.default and out.ndim == 4 else None
@@ -305,6 +311,17 @@ def _is_pure(func: Any) -> bool:
     if func is torch.ops.aten.new_empty.default:
         return False
     return not any(item.alias_info for item in [*func._schema.arguments, *func._schema.returns])
+
+
+@cache
+def _is_in_place(func: Any) -> bool:
+    """Whether an operation changes its first argument and nothing else, neither that one's shape, and returns it."""
+    changed = [
+        index for index, item in enumerate(func._schema.arguments) if item.alias_info and item.alias_info.is_write
+    ]
+    returned = [item.alias_info for item in func._schema.returns]
+    alone = changed == [0] and len(returned) == 1 and returned[0] is not None and returned[0].is_write
+    return alone and torch.Tag.inplace_view not in func.tags
 
 
 def _described(value: Any) -> Any:
