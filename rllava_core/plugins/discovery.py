@@ -6,8 +6,10 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib import metadata
 from importlib.metadata import Distribution, EntryPoint
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from packaging.requirements import Requirement
@@ -38,6 +40,23 @@ class Found:
     alike: tuple[str, ...] = ()
 
 
+class _Installed(Distribution):
+    """A distribution whose metadata, which may hold a long README, are parsed once and not for every question."""
+
+    def __init__(self, distribution: Distribution) -> None:
+        self._distribution = distribution
+
+    def read_text(self, filename: str) -> str | None:
+        return self._distribution.read_text(filename)
+
+    def locate_file(self, path: Any) -> Any:
+        return self._distribution.locate_file(path)
+
+    @cached_property
+    def metadata(self) -> Any:
+        return self._distribution.metadata
+
+
 def core_version() -> str | None:
     """The version of `rllava-core` that runs; None where it is not installed as a distribution."""
     try:
@@ -53,24 +72,28 @@ def discover() -> list[Found]:
     """
     installed: dict[str, list[Distribution]] = {}
     found: list[Found] = []
-    for distribution in metadata.distributions():
+    for distribution in map(_Installed, metadata.distributions()):
         try:
             with isolated("reading its entry points"):
                 if _HEADER.search(distribution.read_text("entry_points.txt") or ""):
                     installed.setdefault(canonicalize_name(distribution.name), []).append(distribution)
         except RefusedError as refusal:
             found.append(_unreadable(distribution, refusal))
+    running = core_version()
     for name, distributions in installed.items():
         try:
             with isolated("reading its entry points"):
-                found += _of_distribution(name, distributions)
+                found += _of_distribution(name, distributions, running)
         except RefusedError as refusal:
             found.append(_unreadable(distributions[0], refusal))
     return found
 
 
-def describe(entry_point: EntryPoint) -> Found:
-    """What metadata say of one entry point; one without a distribution is named by its package."""
+def describe(entry_point: EntryPoint, running: str | None) -> Found:
+    """What metadata say of one entry point; one without a distribution is named by its package.
+
+    running: as `core_version` says.
+    """
     distribution = entry_point.dist
     if distribution is None:
         package = canonicalize_name(re.split(r"[.:]", entry_point.value, maxsplit=1)[0])
@@ -85,7 +108,7 @@ def describe(entry_point: EntryPoint) -> Found:
         with isolated("reading its requirements"):
             required = requirement_on_core(distribution)
         plugin = replace(plugin, hook_api=_hook_api(plugin, required))
-        _check_compatible(required)
+        _check_compatible(required, running)
     except RefusedError as refusal:
         return Found(plugin, entry_point, refusal)
     return Found(plugin, entry_point)
@@ -124,11 +147,10 @@ def _hook_api(plugin: Plugin, required: SpecifierSet | None) -> str | None:
     return None if required is None else accepted_majors(required)
 
 
-def _check_compatible(required: SpecifierSet | None) -> None:
+def _check_compatible(required: SpecifierSet | None, running: str | None) -> None:
     """Refuse a distribution that does not accept the running core; where that is not installed, go by the hook API."""
     if required is None:
         return
-    running = core_version()
     if not all(_accepts(specifier, running or HOOK_API) for specifier in required):
         installed = f"{CORE_DISTRIBUTION} {running}" if running else f"hook API {HOOK_API}"
         wanted = ",".join(sorted(map(str, required), reverse=True))  # '>=1' before '<2', as people write it
@@ -147,9 +169,9 @@ def _accepts(specifier: Specifier, running: str) -> bool:
     return not literal and specifier.contains(Version(running).base_version)
 
 
-def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found]:
+def _of_distribution(name: str, distributions: list[Distribution], running: str | None) -> list[Found]:
     """The plugins of the installation that Python imports, which is the first on its path."""
-    first = metadata.distribution(name)
+    first = _Installed(metadata.distribution(name))
     directory = _directory(first)
     # Of several in one directory the listing's order would decide; the newest does instead, and they are in conflict.
     alike = sorted((other for other in distributions if _directory(other) == directory), key=_version, reverse=True)
@@ -158,7 +180,7 @@ def _of_distribution(name: str, distributions: list[Distribution]) -> list[Found
     same = tuple(dict.fromkeys(_where(other) for other in alike if _where(other) != _where(chosen)))
     found = []
     for entry_point in chosen.entry_points.select(group=ENTRY_POINT_GROUP):
-        described = describe(entry_point)
+        described = describe(entry_point, running)
         found.append(replace(described, plugin=replace(described.plugin, shadowed=tuple(others)), alike=same))
     if not found and _HEADER.search(chosen.read_text("entry_points.txt") or ""):
         odd = f"its entry_points.txt has entries of {ENTRY_POINT_GROUP!r} that Python does not read as such"

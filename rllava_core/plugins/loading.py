@@ -16,7 +16,7 @@ import pluggy
 from rllava_core import hookspecs
 from rllava_core.errors import PluginError
 from rllava_core.plugins.conflicts import mark_conflicts
-from rllava_core.plugins.discovery import Found, describe, discover
+from rllava_core.plugins.discovery import Found, core_version, describe, discover
 from rllava_core.plugins.isolation import RefusedError, isolated
 from rllava_core.plugins.records import Component, Plugin
 from rllava_core.plugins.registry import Implementation, Registry
@@ -40,7 +40,11 @@ def load_plugins(
     and where strict.
     """
     selection = Selection.from_environment()
-    found = discover() if entry_points is None else [describe(entry_point) for entry_point in entry_points]
+    if entry_points is None:
+        found = discover()
+    else:
+        running = core_version()
+        found = [describe(entry_point, running) for entry_point in entry_points]
     warnings = selection.check([item.plugin for item in found])
     plugins: list[Plugin] = []
     implementations: list[Implementation] = []
