@@ -15,6 +15,7 @@ not apply raises `unittest.SkipTest`, which pytest understands; one that fails r
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 
 from rllava_core.config.resolving import NoOptions
 from rllava_core.errors import DataError, describe
-from rllava_core.plugins import Component, load_plugins
+from rllava_core.plugins import Component, Registry, load_plugins
 from rllava_core.specs import Kind
 
 Check = TypeVar("Check", bound=Callable[..., None])
@@ -83,16 +84,14 @@ class Conformance:
     component: str = ""
     role: str | None = None
     options: Mapping[str, Any] = {}
-    _found: Component | None = None
 
     def find(self) -> Component:
         """The installed component. Raises PluginError if there is none, SkipTest if none is named."""
         if not self.component:
             raise SkipTest("no component is named, so there is no spec to check")
-        # Once: checks make hundreds of objects, and each time every installed plugin would be loaded.
-        if self._found is None:
-            self._found = load_plugins().find(self.kind, self.component, self.role)
-        return self._found
+        environment = {name: value for name, value in os.environ.items() if name.startswith("RLLAVA_")}
+        registry = _registry(tuple(sys.path), tuple(sorted(environment.items())))
+        return registry.find(self.kind, self.component, self.role)
 
     def target(self) -> Any:
         """The component's class."""
@@ -166,6 +165,12 @@ class Conformance:
         if model is None:
             raise SkipTest("the component has no options")
         return model
+
+
+@functools.cache  # checks make hundreds of objects, and each time every installed plugin would be loaded
+def _registry(path: tuple[str, ...], environment: tuple[tuple[str, str], ...]) -> Registry:
+    """Of the plugins installed on a path, under these variables."""
+    return load_plugins()
 
 
 @functools.cache  # several suites may check one component with other options
