@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def long_lived_left_alone() -> Iterator[Callable[[], None]]:
+def long_lived_left_alone() -> Iterator[None]:
     """The collector looks only at what is made from here on, until the end.
 
     Modules, model and data are hundreds of thousands of objects: to go through them takes longer than a step of a small
-    model, and finds nothing. What was left behind is collected before. To call what this gives is to begin anew: much
-    is imported in the first step only.
+    model, and finds nothing.
     """
     try:
-        _settle()
-        yield _settle
+        gc.freeze()
+        yield
     finally:
         gc.unfreeze()
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Collect what was left behind, and leave alone from here on what is there: what was imported, built and made
+    first."""
     gc.collect()
     gc.freeze()

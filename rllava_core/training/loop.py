@@ -30,7 +30,7 @@ from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts, build_parts, device_name
 from rllava_core.training.checkpoint import Progress
 from rllava_core.training.evaluation import Evaluation, evaluate, held_out
-from rllava_core.training.garbage import long_lived_left_alone
+from rllava_core.training.garbage import long_lived_left_alone, settle
 from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
@@ -77,7 +77,7 @@ def train(
     latest = directory.check(resolved.run, resume=resume)
     for warning in [*registry.warnings, *directory.check_plugins(registry)]:
         observer.warned(warning)
-    with build_parts(resolved, latest) as parts:
+    with long_lived_left_alone(), build_parts(resolved, latest) as parts:
         world = parts.trainer.world
         agree(world, resolved.run, registry)
         held_out(parts.task, training.eval_episodes, training.seed)
@@ -160,7 +160,8 @@ class _Run:
         log = MetricsLog(self.directory.metrics, progress.step if self.resumed else -1) if self.writes else None
         trackers = Trackers(followers, self.directory.path, self.config.model_dump(mode="json"))
         began, first = time.perf_counter() - progress.wall_seconds, progress.step + 1
-        with closing(trackers), _Interrupt(self.observer) as interrupt, long_lived_left_alone() as settle:
+        with closing(trackers), _Interrupt(self.observer) as interrupt:
+            settle()
             if not self.resumed:
                 metrics = self._evaluate(0)
                 if log is not None:
@@ -181,7 +182,7 @@ class _Run:
                 if _due(training.save_every, progress.step, training.steps):
                     self._save()
                 if progress.step == first:
-                    settle()
+                    settle()  # much is imported in the first step only
             if self.saved_step < progress.step:
                 self._save()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from rllava_core.training.garbage import long_lived_left_alone
+from rllava_core.training.garbage import long_lived_left_alone, settle
 
 
 class Knot:
@@ -17,7 +17,7 @@ class Knot:
 
 def test_what_was_there_is_left_alone_until_the_end() -> None:
     before = Knot()
-    with long_lived_left_alone() as settle:
+    with long_lived_left_alone():
         later = Knot()
         assert not any(item is before for item in gc.get_objects())
         assert any(item is later for item in gc.get_objects())
@@ -40,3 +40,10 @@ def test_what_was_left_alone_is_collected_afterwards() -> None:
         del knot
     gc.collect()
     assert seen() is None
+
+
+def test_what_was_left_behind_meanwhile_is_collected_before_the_rest_is_left_alone() -> None:
+    with long_lived_left_alone():
+        knot = weakref.ref(Knot())
+        settle()
+        assert knot() is None
