@@ -17,7 +17,7 @@ def points(seed: int, count: int) -> torch.Tensor:
 def test_tokens_are_drawn_in_proportion(words: int) -> None:
     """A few that are likely, at the edges and in blocks of their own, many that are not, and a third that may not be
     drawn at all."""
-    draws = 40_000
+    draws = 40_000 if words < 1000 else 6_000
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(words, generator=generator)
     likely = torch.tensor(sorted({0, 1, min(255, words - 2), min(256, words - 1), words // 2, words - 2, words - 1}))
