@@ -53,6 +53,7 @@ def evaluate(
     for warning in registry.warnings:
         click.echo(f"warning: {warning}", err=True)
     resolved = load(target / "config.yaml" if is_run else target, overrides, registry, learning=False)
+    weights = _checkpoint(target, checkpoint) if is_run else None
 
     from rllava_core.cli.display import quiet_libraries
     from rllava_core.policy.behaviour import Behaviour
@@ -61,7 +62,6 @@ def evaluate(
     from rllava_core.training.evaluation import evaluate as run
 
     quiet_libraries()
-    weights = _checkpoint(target, checkpoint) if is_run else None
     training = resolved.run.training
     with build_players(resolved, weights) as players:
         chunk = training.prompts_per_step * players.algorithm.group_size
@@ -98,7 +98,7 @@ def evaluate(
 
 def _checkpoint(run: Path, step: int | None) -> Path:
     from rllava_core.errors import ConfigError
-    from rllava_core.training.checkpoint import available
+    from rllava_core.training.run_directory import available
 
     found = dict(available(run / "checkpoints"))
     if not found:
@@ -109,7 +109,7 @@ def _checkpoint(run: Path, step: int | None) -> Path:
 
 
 def _write_answers(path: Path, result: Evaluation) -> None:
-    from rllava_core.training.storage import write_text, writing
+    from rllava_core.training.files import write_text, writing
 
     lines = [
         json.dumps(

@@ -33,16 +33,18 @@ def rank() -> int:
 def launch(count: int, arguments: Sequence[str], *, cpu: bool) -> None:
     """Run `rllava` with these arguments in so many processes, and wait for them.
 
+    cpu: they are to leave accelerators alone, as they do where there are none.
     Ctrl-C reaches each of them, which finish their step and save. Raises ConfigError or TrainingError if one fails: the
     others are ended then.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Its tables of exit codes and warnings of threads are not for the users of a command.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // count))}
-    if cpu:
+    if cpu or not torch.accelerator.is_available():
         environment["ACCELERATE_USE_CPU"] = "true"
     os.environ.update(environment)
     config = LaunchConfig(

@@ -46,7 +46,7 @@ def parity(
         seed = resolved.run.training.seed
         result = measure(parts, held_out(parts.task, examples, seed), seed, tolerance)
     if output is not None:
-        from rllava_core.training.storage import write_text, writing
+        from rllava_core.training.files import write_text, writing
 
         with writing(str(output)):
             lines = (json.dumps(asdict(decision), ensure_ascii=False) for decision in result.decisions)

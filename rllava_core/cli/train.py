@@ -6,10 +6,16 @@ import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rllava_core.cli.launching import launch, processes, rank
+
+if TYPE_CHECKING:
+    from rllava_core.config import ResolvedConfig
+    from rllava_core.plugins import Registry
+    from rllava_core.training.run_directory import RunDirectory
 
 RUNS = Path("runs")
 
@@ -44,31 +50,44 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
             "--num-processes"
         )
 
-    import torch
-
-    from rllava_core.cli.display import Display, Silence, quiet_libraries
-    from rllava_core.training.loop import train as run
     from rllava_core.training.run_directory import RunDirectory, numbered_run_directory
 
-    quiet_libraries()
     chosen = nullcontext(run_dir) if run_dir else numbered_run_directory(RUNS, config.stem, resume=resume)
     with chosen as path:
+        directory = RunDirectory(path)
+        directory.check(resolved.run, resume=resume)
         arguments = ["train", str(config), *overrides, "--run-dir", str(path)]
         if num_processes > 1:
-            RunDirectory(path).check(resolved.run, resume=resume)
-            cpu = getattr(resolved.train_engine.config, "device", None) == "cpu" or not torch.accelerator.is_available()
-            launch(num_processes, [*arguments, *(["--resume"] if resume else [])], cpu=cpu)
-            summary = json.loads(RunDirectory(path).summary.read_text(encoding="utf-8"))
-        elif rank() > 0:
-            run(resolved, registry, RunDirectory(path), Silence(), resume=resume)
-            return
+            launch(
+                num_processes,
+                [*arguments, *(["--resume"] if resume else [])],
+                cpu=getattr(resolved.train_engine.config, "device", None) == "cpu",
+            )
+            summary = json.loads(directory.summary.read_text(encoding="utf-8"))
         else:
             several = ["--num-processes", str(launched)] if launched > 1 else []
-            with Display(resume_command=shlex.join(["rllava", *arguments, "--resume", *several])) as display:
-                summary = run(resolved, registry, RunDirectory(path), display, resume=resume)
-            display.finished(summary)
+            again = shlex.join(["rllava", *arguments, "--resume", *several])
+            summary = _trained(resolved, registry, directory, again, resume=resume)
+    if rank() > 0:
+        return
     # A launcher would take it for a failure, and end the other processes.
     if summary["status"] == "interrupted" and launched == 1:
         from rllava_core.cli import INTERRUPTED
 
         raise SystemExit(INTERRUPTED)
+
+
+def _trained(
+    resolved: ResolvedConfig, registry: Registry, directory: RunDirectory, resume_command: str, *, resume: bool
+) -> dict[str, Any]:
+    """Train in this process. Returns the run's summary."""
+    from rllava_core.cli.display import Display, Silence, quiet_libraries
+    from rllava_core.training.loop import train as run
+
+    quiet_libraries()
+    if rank() > 0:
+        return run(resolved, registry, directory, Silence(), resume=resume)
+    with Display(resume_command=resume_command) as display:
+        summary = run(resolved, registry, directory, display, resume=resume)
+    display.finished(summary)
+    return summary

@@ -7,7 +7,6 @@ number holds both. A checkpoint is written under another name, flushed, and rena
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ from rllava_core.errors import ConfigError, RllavaError, TrainingError
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import save_model
 from rllava_core.training.build import Parts
-from rllava_core.training.storage import flush, load_tree, save_tree, writing
-
-_NAME = re.compile(r"step-(\d{6,})")
+from rllava_core.training.files import flush, writing
+from rllava_core.training.run_directory import available
+from rllava_core.training.storage import load_tree, save_tree
 
 
 @dataclass
@@ -127,18 +126,6 @@ def _reading(checkpoint: Path) -> Iterator[None]:
             f"checkpoint {checkpoint} cannot be resumed from ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
             "remove it to resume from the one before"
         ) from error
-
-
-def available(directory: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints by step, oldest first."""
-    if not directory.is_dir():
-        return []
-    found = []
-    for path in directory.iterdir():
-        match = _NAME.fullmatch(path.name)
-        if match and (path / "config.json").is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
 
 
 def prune(directory: Path, keep: int, best_step: int | None) -> None:

@@ -35,7 +35,7 @@ from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
 from rllava_core.training.metrics import Clock, describe, mean
 from rllava_core.training.processes import agree, score_once
-from rllava_core.training.run_directory import RunDirectory
+from rllava_core.training.run_directory import RunDirectory, available
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
@@ -368,7 +368,7 @@ class _Run:
         checkpoint.prune(directory, self.training.keep_checkpoints, self.progress.evaluations["best"]["step"])
 
     def _last_checkpoint(self) -> str:
-        found = checkpoint.available(self.directory.checkpoints)
+        found = available(self.directory.checkpoints)
         return f"the last good checkpoint is {found[-1][1]}" if found else "no checkpoint had been saved yet"
 
 

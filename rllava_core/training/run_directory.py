@@ -20,14 +20,27 @@ from rllava_core.config import RunConfig, read_yaml
 from rllava_core.errors import ConfigError, PluginError, TrainingError
 from rllava_core.plugins import Registry
 from rllava_core.specs import HOOK_API
-from rllava_core.training import checkpoint
-from rllava_core.training.storage import unfinished, write_text, writing
+from rllava_core.training.files import unfinished, write_text, writing
 
 # What may differ when a run is resumed: none of it changes the steps that were already done.
 _MAY_CHANGE = (
     *("steps", "eval_every", "eval_episodes", "save_every", "keep_checkpoints", "sample_every"),
     *("unseen_images", "trackers"),
 )
+
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+def available(directory: Path) -> list[tuple[int, Path]]:
+    """Complete checkpoints by step, oldest first."""
+    if not directory.is_dir():
+        return []
+    found = []
+    for path in directory.iterdir():
+        match = _CHECKPOINT.fullmatch(path.name)
+        if match and (path / "config.json").is_file():
+            found.append((int(match[1]), path))
+    return sorted(found)
 
 
 class RunDirectory:
@@ -55,7 +68,7 @@ class RunDirectory:
             self._check_same_run(config)
         elif self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
             raise ConfigError(f"{self.path} exists and holds no run: choose an empty or new --run-dir")
-        found = checkpoint.available(self.checkpoints)
+        found = available(self.checkpoints)
         return found[-1][1] if found else None
 
     def begin(self, config: RunConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.trajectory import ContextSegment, Trajectory
-from rllava_core.training.storage import write_text, writing
+from rllava_core.training.files import write_text, writing
 
 
 def write_sample(directory: Path, step: int, trajectories: Sequence[Trajectory], groups: int = 4) -> Path:

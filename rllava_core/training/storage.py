@@ -1,18 +1,14 @@
-"""State on disk: trees of tensors and plain values as safetensors and JSON, and files that are written whole or not."""
+"""State on disk: trees of tensors and plain values as safetensors and JSON; and the memory that it takes."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -59,47 +55,6 @@ def load_tree(path: Path) -> Any:
 
 def _shard(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}-{number}.safetensors" if number else f"{path.name}.safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a file at once: a reader, or a crash, sees the old text or the new, never a part."""
-    temporary = unfinished(path)
-    try:
-        # Half a surrogate pair, which a file's name may hold, is no UTF-8: written as an escape.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def unfinished(path: Path) -> Path:
-    """The name of a file while `write_text` writes it."""
-    return path.with_name(f".{path.name}.writing")
-
-
-def flush(path: Path) -> None:
-    """Flush one file, or the names in one directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turn a failure to write (a full disk, a missing permission) into one clear TrainingError."""
-    try:
-        yield
-    except Exception as error:
-        # Tokenizers raise nothing more specific than Exception where there is no space left.
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
-            raise
-        raise TrainingError(f"{what} could not be written: {error}") from error
 
 
 def _detach(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ import PIL.ImageFont
 from rllava_core.errors import printable
 from rllava_core.mdp.images import Image
 from rllava_core.mdp.trajectory import Trajectory, Turn
-from rllava_core.training.storage import writing
+from rllava_core.training.files import writing
 
 FRAME, MARGIN, LINE, COLUMNS = 160, 8, 16, 8
 """Pixels of a frame's longer side, around it and of a line of text; frames in a row."""

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from rllava_core.errors import ConfigError
-from rllava_core.training.storage import write_text, writing
+from rllava_core.training.files import write_text, writing
 
 Metrics = Mapping[str, float]
 

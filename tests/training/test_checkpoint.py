@@ -18,7 +18,8 @@ from rllava_core.mdp.environment import Start
 from rllava_core.policy.policy import Policy
 from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts
-from rllava_core.training.checkpoint import Progress, available, prune, restore, save
+from rllava_core.training.checkpoint import Progress, prune, restore, save
+from rllava_core.training.run_directory import available
 
 Build = Callable[..., Parts]
 

@@ -79,10 +79,11 @@ def at(place: str, call: int, *, name: str = "SIGKILL", after: bool = False) -> 
 
 
 CHECKPOINT, STORAGE = "rllava_core.training.checkpoint", "rllava_core.training.storage"
+FILES = "rllava_core.training.files"
 
 MOMENTS = {
     "before the directory is made": at("RunDirectory.begin", 1),
-    "while the config is written": at(f"{STORAGE}:os.fsync", 1),
+    "while the config is written": at(f"{FILES}:os.fsync", 1),
     "between config and manifest": at("RunDirectory.begin", 1, after=True),
     "in the first evaluation": at("evaluate", 1),
     "before any step": at("_Run._step", 1),

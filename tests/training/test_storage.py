@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from rllava_core.errors import TrainingError
-from rllava_core.training.storage import load_tree, peak_memory_bytes, save_tree, write_text, writing
+from rllava_core.training.files import write_text, writing
+from rllava_core.training.storage import load_tree, peak_memory_bytes, save_tree
 
 
 def equal(one: Any, two: Any) -> bool:
