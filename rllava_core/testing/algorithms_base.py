@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +54,11 @@ class Update:
     gradients: dict[str, Tensor]
 
 
+@functools.cache  # for most checks the same
+def _played(scripts: tuple[Script, ...], group_size: int) -> list[Trajectory]:
+    return play(tiny_policy(), scripts, group_size)
+
+
 class AlgorithmSuite(Conformance):
     """Makes policies, engines, trajectories and updates; a subclass may make other ones."""
 
@@ -88,7 +95,7 @@ class AlgorithmSuite(Conformance):
             scripts = choosing_of(scripts, CHOICES)
         if algorithm.experience == "demonstrations":
             return demonstrate(tiny_policy().adapter, scripts)
-        return play(tiny_policy(), scripts, algorithm.group_size)
+        return copy.deepcopy(_played(tuple(scripts), algorithm.group_size))
 
     def update(
         self, algorithm: Algorithm, engine: LocalTrainEngine, trajectories: Sequence[Trajectory], rate: float = 1e-3
