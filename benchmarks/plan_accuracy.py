@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from rllava_core.cli.heap import TUNABLES
 
 PREDICTED_WITHIN = 0.1
 
@@ -200,6 +203,7 @@ def measure(case: Case, config: Path) -> int:
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "GLIBC_TUNABLES": TUNABLES},  # as `rllava train` begins
     )
     if done.returncode != 0:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])

@@ -256,10 +256,14 @@ def trl_settings(framework: str, sequences: int, cuda: bool) -> dict[str, Any]:
 
 def measure(framework: str, job: Mapping[str, Any], interpreter: str, directory: Path) -> dict[str, Any]:
     """Run one job in a process of its own."""
+    from rllava_core.cli.heap import TUNABLES  # not installed where TRL's workers are
+
     given, answer = directory / "job.json", directory / "result.json"
     given.write_text(json.dumps(job), encoding="utf-8")
     command = [interpreter, __file__, "--worker", framework, str(given), str(answer)]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    if WORKERS[framework] is not run_trl:
+        environment["GLIBC_TUNABLES"] = TUNABLES  # as `rllava train` begins
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, env=environment)
     if done.returncode != 0:
         raise SystemExit(f"{framework} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")

@@ -6,6 +6,7 @@ A user's mistake prints one message and no traceback, unless `--debug` is given.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 
 from rllava_core.cli.groups import LazyCommand, LazyGroup
+from rllava_core.cli.heap import begin_with_whole_holes
 from rllava_core.cli.launching import processes, rank
 from rllava_core.errors import RllavaError
 
@@ -71,4 +73,5 @@ def rllava(debug: bool) -> None:
 
 def main() -> None:
     """The console script: run the command line and exit."""
+    begin_with_whole_holes(sys.argv[1:])
     rllava(prog_name="rllava")
