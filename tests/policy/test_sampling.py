@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,29 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from rllava_core.errors import ConfigError, ModelError, TrainingError
-from rllava_core.mdp.trajectory import ActionSegment, Segment
-from rllava_core.policy.behaviour import Behaviour
-from rllava_core.policy.media import MediaStore
-from rllava_core.policy.policy import Head, Policy
-from rllava_core.policy.sampling import Request, Sampler
+from rllava_core.errors import ModelError
+from rllava_core.policy.sampling import Request
 from rllava_core.testing.tiny import END, IMAGE, PAD, START
 
-ROUNDING = 2.0**-23
-"""Log-probs are recorded as float32."""
-
-
-def draw(policy: Policy, requests: list[Request], seed: int | None = 0) -> list[list[ActionSegment]]:
-    return Sampler(policy, MediaStore(policy.adapter)).sample(requests, seed)
-
-
-def ask(*context: Segment, count: int = 1, max_tokens: int = 8, name: str = "example 7") -> Request:
-    return Request(context, count, max_tokens, name)
-
-
-def ask_choices(*context: Segment, choices: tuple[str, ...], count: int = 1, name: str = "example 7") -> Request:
-    tokens = tuple(tuple(choice.encode()) for choice in choices)
-    return Request(context, count, 1, name, tokens, choices)
+from .asking import ROUNDING, ask, ask_choices, assert_frequencies, draw
 
 
 @pytest.fixture
@@ -151,20 +132,6 @@ def test_a_sampled_image_placeholder_is_impossible_however_much_the_model_wants_
         np.testing.assert_allclose(action.logprobs, expected, rtol=ROUNDING)
 
 
-def assert_frequencies(found: Mapping[Any, int], probabilities: Mapping[Any, float]) -> None:
-    """Pearson's χ² within five standard deviations of its mean; outcomes expected less than 5 times are one cell."""
-    draws = sum(found.values())
-    assert set(found) <= set(probabilities)
-    np.testing.assert_allclose(sum(probabilities.values()), 1.0, atol=1e-6)
-    rare = [outcome for outcome, probability in probabilities.items() if probability * draws < 5]
-    cells = [(found.get(outcome, 0), p * draws) for outcome, p in probabilities.items() if outcome not in rare]
-    if rare:
-        cells.append((sum(found.get(item, 0) for item in rare), max(1.0, draws * sum(probabilities[i] for i in rare))))
-    freedom = len(cells) - 1
-    assert freedom >= 2
-    assert sum((seen - expected) ** 2 / expected for seen, expected in cells) < freedom + 5 * (2 * freedom) ** 0.5
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_texts_come_as_often_as_their_probabilities_say(toy: Any, temperature: float) -> None:
     """Four possible tokens and answers of at most two, so that all thirteen answers can be counted."""
@@ -243,220 +210,6 @@ def test_choices_of_one_token_need_one_pass_for_the_whole_group(toy: Any) -> Non
     draw(policy, [ask_choices(prompt, choices=tuple("0123456789"), count=16)])
 
     assert policy.adapter.runs == [((1, len(prompt.tokens)), 4)]
-
-
-class Conversations:
-    """Several under way, which are asked again and again by one sampler."""
-
-    def __init__(self, toy: Any, policy: Policy, count: int = 3) -> None:
-        self.toy = toy
-        self.policy = policy
-        self.sampler = Sampler(policy, MediaStore(policy.adapter))
-        self.contexts: list[tuple[Segment, ...]] = [
-            (toy.context("Go"[: 1 + number % 2], toy.picture(8, 4 + 4 * number, number)),) for number in range(count)
-        ]
-
-    def ask(
-        self, choices: tuple[str, ...] | None = None, seed: int | None = 0, limit: int = 512, numbers: Any = None
-    ) -> list[ActionSegment]:
-        """An answer of each, which it goes on with."""
-        numbers = range(len(self.contexts)) if numbers is None else numbers
-        requests = [
-            ask(*self.contexts[number], max_tokens=3)
-            if choices is None
-            else ask_choices(*self.contexts[number], choices=choices)
-            for number in numbers
-        ]
-        actions = [action for [action] in self.sampler.sample(requests, seed, max_sequences=limit)]
-        for number, action in zip(numbers, actions, strict=True):
-            self.contexts[number] = (*self.contexts[number], action)
-        return actions
-
-    def show(self, text: str = "on", picture: bool = True) -> None:
-        """Show something new in every one that waits for it."""
-        for number, context in enumerate(self.contexts):
-            if isinstance(context[-1], ActionSegment):
-                image = [self.toy.picture(8, 8, 10 * len(context) + number)] if picture else []
-                self.contexts[number] = (*context, self.toy.context(text, *image))
-
-    def assert_exact(self, actions: list[ActionSegment], numbers: Any = None) -> None:
-        """The log-probs are those of whole conversations, read anew."""
-        plain = self.toy.Plain(self.policy.model)
-        numbers = range(len(self.contexts)) if numbers is None else numbers
-        for number, action in zip(numbers, actions, strict=True):
-            alone = self.toy.windows((*self.contexts[number][:-1], action))
-            expected = plain.decisions(alone).logprobs.detach().numpy()
-            np.testing.assert_allclose(action.logprobs, expected, rtol=ROUNDING)
-
-
-@pytest.mark.parametrize("limit", [1, 2, 512])
-def test_a_conversation_that_goes_on_is_sampled_as_if_it_was_read_anew(toy: Any, limit: int) -> None:
-    """Texts that are cut and that end, choices, pictures and none, over five turns."""
-    bench = Conversations(toy, toy.policy(bias={END: 3.0}))
-    for turn, choices in enumerate([None, ("yes", "no", "n"), None, None, ("1", "2")]):
-        bench.assert_exact(bench.ask(choices, seed=turn, limit=limit))
-        bench.show("?" * (turn + 1), picture=turn % 2 == 0)
-
-
-def test_of_a_conversation_that_goes_on_only_what_is_new_is_read(toy: Any) -> None:
-    policy = toy.policy(bias={END: -100.0})
-    bench = Conversations(toy, policy, count=1)
-    bench.ask(("a", "b"))
-    bench.show("on")
-    policy.adapter.runs.clear()
-
-    bench.ask(("a", "b"))
-
-    assert policy.adapter.runs == [((1, 1 + len(bench.contexts[0][2].tokens)), 4)]
-
-
-def test_two_that_continue_one_conversation_share_what_was_read(toy: Any) -> None:
-    """As the members of a group do after their first turn."""
-    policy = toy.policy()
-    sampler = Sampler(policy, MediaStore(policy.adapter))
-    prompt, shown = toy.context("Go", toy.picture(8, 8)), toy.context("on")
-    [actions] = sampler.sample([ask_choices(prompt, choices=("a", "b"), count=4)], 0)
-    policy.adapter.runs.clear()
-
-    requests = [ask_choices(prompt, action, shown, choices=("a", "b")) for action in actions]
-    answers = sampler.sample(requests, 1)
-
-    # Actions that are equal are one prefix.
-    distinct = len({action.tokens for action in actions})
-    assert policy.adapter.runs == [((distinct, 1 + len(shown.tokens)), 0)]
-    plain = toy.Plain(policy.model)
-    for action, [answer] in zip(actions, answers, strict=True):
-        expected = plain.decisions(toy.windows((prompt, action, shown, answer))).logprobs.detach().numpy()
-        np.testing.assert_allclose(answer.logprobs, expected, rtol=ROUNDING)
-
-
-def test_conversations_that_end_and_begin_are_told_apart(toy: Any) -> None:
-    policy = toy.policy(bias={END: 2.0})
-    bench = Conversations(toy, policy, count=4)
-    bench.assert_exact(bench.ask())
-    bench.show()
-    bench.contexts[1] = (toy.context("A new one", toy.picture(12, 4, 99)),)
-    bench.assert_exact(bench.ask(seed=1))
-    bench.show()
-    # One is not asked in this turn, so it is read anew in the next.
-    bench.assert_exact(bench.ask(seed=2, numbers=[0, 2, 3]), [0, 2, 3])
-    bench.show()
-    bench.assert_exact(bench.ask(("l", "r"), seed=3))
-
-
-def test_equal_segments_that_are_not_the_same_are_read_anew(toy: Any) -> None:
-    """A window may look like a conversation that was read with other turns before it: its positions are its own."""
-    policy = toy.policy()
-    sampler = Sampler(policy, MediaStore(policy.adapter))
-    [[action]] = sampler.sample([ask_choices(toy.context("Go"), choices=("a", "b"))], None)
-    policy.adapter.runs.clear()
-
-    sampler.sample([ask_choices(toy.context("Go"), action, toy.context("on"), choices=("a", "b"))], None)
-
-    assert policy.adapter.runs == [((1, len(toy.context("Go").tokens) + 1 + len(toy.context("on").tokens)), 0)]
-
-
-def test_nothing_is_kept_after_forget(toy: Any) -> None:
-    policy = toy.policy()
-    bench = Conversations(toy, policy, count=2)
-    bench.ask(("a", "b"))
-    bench.show()
-    bench.sampler.forget()
-    policy.adapter.runs.clear()
-    whole = max(sum(len(segment.tokens) for segment in context) for context in bench.contexts)
-
-    bench.assert_exact(bench.ask(("a", "b")))
-
-    assert [shape for shape, _ in policy.adapter.runs[:1]] == [(2, whole)]
-
-
-def test_what_was_kept_does_not_hold_what_the_policy_writes(toy: Any) -> None:
-    """An answer of some tokens is added to a copy: others continue the same context."""
-    policy = toy.policy(bias={END: 1.0})
-    sampler = Sampler(policy, MediaStore(policy.adapter))
-    prompt, shown = toy.context("Go", toy.picture(8, 8)), toy.context("on")
-    [actions] = sampler.sample([ask(prompt, count=3, max_tokens=5)], 0)
-    requests = [ask(prompt, action, shown, count=3, max_tokens=6) for action in actions]
-
-    plain = toy.Plain(policy.model)
-    for request, answers in zip(requests, sampler.sample(requests, 1), strict=True):
-        for answer in answers:
-            expected = plain.decisions(toy.windows((*request.context, answer))).logprobs.detach().numpy()
-            np.testing.assert_allclose(answer.logprobs, expected, rtol=ROUNDING)
-
-
-def q(heads: Mapping[str, Any]) -> Any:
-    return heads["q"]
-
-
-def test_actions_may_be_those_of_the_greatest_value(toy: Any) -> None:
-    """Of the choices that there are; in states with fewer choices the other values mean nothing."""
-    policy = toy.policy(heads={"q": Head(4)})
-    plain = toy.Plain(policy.model)
-    requests = [
-        ask_choices(toy.context("?", toy.picture(8, 8, seed)), choices=("a", "b", "c", "dd")[: 2 + seed % 3])
-        for seed in range(12)
-    ]
-    sampler = Sampler(policy, MediaStore(policy.adapter))
-
-    answers = sampler.sample(requests, 0, Behaviour(q))
-
-    for request, [action] in zip(requests, answers, strict=True):
-        values = policy.heads["q"](plain.left(request.context))[: len(request.choices or ())]
-        assert action.choice == int(values.argmax())
-        assert action.logprobs.tolist() == [0.0]
-    assert len({action.choice for [action] in answers}) > 1
-
-
-@pytest.mark.parametrize("values", [q, None], ids=["values", "policy"])
-def test_exploring_is_drawing_one_of_the_choices_now_and_then(toy: Any, values: Any) -> None:
-    policy = toy.policy(heads={"q": Head(3)})
-    prompt, choices = toy.context("?", toy.picture(8, 8)), ("a", "bc", "d")
-    if values is None:
-        scores, _ = toy.Plain(policy.model).choices(prompt.tokens, prompt.images, [item.encode() for item in choices])
-        own = scores.exp().tolist()
-    else:
-        best = int(policy.heads["q"](toy.Plain(policy.model).left((prompt,))).argmax())
-        own = [float(number == best) for number in range(3)]
-    expected = {number: 0.7 * probability + 0.1 for number, probability in enumerate(own)}
-    sampler = Sampler(policy, MediaStore(policy.adapter))
-    request = ask_choices(prompt, choices=choices, count=4000)
-
-    [actions] = sampler.sample([request], 11, Behaviour(values, epsilon=0.3))
-
-    assert_frequencies(Counter(action.choice for action in actions), expected)
-    for action in actions:
-        np.testing.assert_allclose(np.exp(action.logprobs[0]), expected[action.choice], rtol=1e-6)
-    [greedy] = sampler.sample([replace(request, count=5)], None, Behaviour(values, epsilon=0.3))
-    assert {action.choice for action in greedy} == {int(np.argmax(own))}
-
-
-def test_other_numbers_of_choices_are_explored_each_by_its_own(toy: Any) -> None:
-    policy = toy.policy()
-    prompt = toy.context("?")
-    requests = [ask_choices(prompt, choices=tuple("abcd"[:count]), count=2000) for count in (2, 4)]
-
-    answers = Sampler(policy, MediaStore(policy.adapter)).sample(requests, 1, Behaviour(epsilon=1.0))
-
-    for count, actions in zip((2, 4), answers, strict=True):
-        np.testing.assert_allclose([action.logprobs[0] for action in actions], np.log(1 / count), rtol=1e-6)
-        found = Counter(action.choice for action in actions)
-        assert all(abs(found[number] - 2000 / count) < 5 * (2000 / count) ** 0.5 for number in range(count))
-
-
-@pytest.mark.parametrize("behaviour", [Behaviour(q), Behaviour(epsilon=0.1)])
-def test_free_text_has_no_values_and_is_not_explored(toy: Any, behaviour: Behaviour) -> None:
-    policy = toy.policy(heads={"q": Head(3)})
-    with pytest.raises(ConfigError, match=r"^train\.jsonl:12: the environment asks for free text, .* no choices"):
-        Sampler(policy, MediaStore(policy.adapter)).sample([ask(toy.context("?"), name="train.jsonl:12")], 0, behaviour)
-
-
-def test_more_choices_than_values_are_refused_by_name(toy: Any) -> None:
-    policy = toy.policy(heads={"q": Head(2)})
-    requests = [ask_choices(toy.context("?"), choices=("a", "b")), ask_choices(toy.context("?!"), choices=tuple("abc"))]
-    requests[1] = replace(requests[1], name="train.jsonl:12")
-    with pytest.raises(TrainingError, match=r"^train\.jsonl:12: the environment offers 3 choices, .* values 2,"):
-        Sampler(policy, MediaStore(policy.adapter)).sample(requests, 0, Behaviour(q))
 
 
 def test_answers_that_have_ended_leave_the_batch(toy: Any) -> None:

@@ -16,10 +16,10 @@ from rllava_core.algorithms.protocol import Batch, Loss, LossFunction
 from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig
 from rllava_core.engines.local_rollout import LocalRolloutEngine
 from rllava_core.engines.local_train import LocalTrainEngine
-from rllava_core.engines.protocol import RolloutSetup, TrainSetup
-from rllava_core.errors import ModelError, TrainingError
+from rllava_core.engines.protocol import TrainSetup
+from rllava_core.errors import TrainingError
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.policy.policy import Policy, PolicyOutput
+from rllava_core.policy.policy import PolicyOutput
 from rllava_core.testing import (
     Conformance,
     ConformanceError,
@@ -28,9 +28,8 @@ from rllava_core.testing import (
     check_train_engine,
 )
 from rllava_core.testing.conformance import checks_of, run
-from rllava_core.testing.engines_base import ENDS, FORBIDDEN, recomputed
+from rllava_core.testing.engines_base import recomputed
 from rllava_core.testing.engines_train import TrainChecks
-from rllava_core.testing.rollouts import tiny_policy
 
 
 class Healthy(LocalTrainEngine):
@@ -420,44 +419,3 @@ def test_every_failure_is_listed() -> None:
         check_train_engine(MeanMetrics)
     assert "metrics are summed: a metric that counts" in str(caught.value)
     assert "does not depend on the micro batches: metric" in str(caught.value)
-
-
-class Choosy(LocalRolloutEngine):
-    """Samples from models of one family, which the tiny one is not of."""
-
-    def __init__(self, config: LocalRolloutConfig, setup: RolloutSetup) -> None:
-        if setup.policy.temperature == TINY_TEMPERATURE:
-            raise ModelError("this family cannot be loaded")
-        super().__init__(config, setup)
-
-
-TINY_TEMPERATURE = 2.0
-
-
-class OnAPolicyOfItsOwn(EngineConformance):
-    """What the author of such an engine writes."""
-
-    role = "rollout"
-    action_values = False
-
-    def create(self, setup: Any = None) -> Any:
-        return Choosy(LocalRolloutConfig(), setup or self.rollout_setup(self.policy()))
-
-    def policy(self, seed: int = 0, heads: Any = None) -> Policy:
-        return tiny_policy(heads, seed, 1.7, end_of_turn=ENDS, forbidden_tokens=FORBIDDEN)
-
-
-def test_an_engine_that_takes_no_tiny_policy_is_checked_on_one_that_its_author_makes() -> None:
-    with pytest.raises(ConformanceError, match=r"this family cannot be loaded; override `policy`"):
-        check_rollout_engine(lambda setup: Choosy(LocalRolloutConfig(), setup))
-    outcomes = {outcome.check: outcome.status for outcome in run(OnAPolicyOfItsOwn())}
-    assert "failed" not in outcomes.values()
-    assert outcomes["log_probs_are_those_of_the_policy"] == "passed"
-
-
-def test_plugins_check_leaves_out_what_the_tiny_policy_does_not_suit() -> None:
-    suite = OnAPolicyOfItsOwn()
-    suite.policy = lambda seed=0, heads=None: tiny_policy(heads, seed, TINY_TEMPERATURE)  # type: ignore[method-assign]
-    outcomes = {outcome.check: outcome for outcome in run(suite, quick=True)}
-    assert outcomes["log_probs_are_those_of_the_policy"].status == "skipped"
-    assert "cannot be loaded" in outcomes["log_probs_are_those_of_the_policy"].message
