@@ -11,6 +11,7 @@ TRL is run by an interpreter of its own, so that its newest release is measured,
 What is compared (`--only`, a list with commas):
 
 - `ours`: `rllava train` as its config is by default; the steps are those of the real loop.
+  Its process begins as that of the command does (`rllava_core.cli.heap`).
 - `unshared`: the same with `engine.train.prefix_sharing: false`: every sequence of a group is computed whole.
 - `trl`: TRL's `GRPOTrainer` with its defaults, which checkpoint activations, run forward passes in bfloat16 and put 8
   sequences in a micro-batch; gradients are accumulated until the step has all its sequences.

@@ -98,9 +98,9 @@ def evaluate(
 
 def _checkpoint(run: Path, step: int | None) -> Path:
     from rllava_core.errors import ConfigError
-    from rllava_core.training.run_directory import available
+    from rllava_core.training.run_directory import checkpoints_in
 
-    found = dict(available(run / "checkpoints"))
+    found = dict(checkpoints_in(run / "checkpoints"))
     if not found:
         raise ConfigError(f"{run} holds no checkpoint yet")
     if step is not None and step not in found:

@@ -55,7 +55,7 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     chosen = nullcontext(run_dir) if run_dir else numbered_run_directory(RUNS, config.stem, resume=resume)
     with chosen as path:
         directory = RunDirectory(path)
-        directory.check(resolved.run, resume=resume)
+        directory.check(resolved.run, resume=resume)  # the loop does so too, but for that much is imported
         arguments = ["train", str(config), *overrides, "--run-dir", str(path)]
         if num_processes > 1:
             launch(

@@ -22,7 +22,7 @@ from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import save_model
 from rllava_core.training.build import Parts
 from rllava_core.training.files import flush, writing
-from rllava_core.training.run_directory import available
+from rllava_core.training.run_directory import checkpoints_in
 from rllava_core.training.storage import load_tree, save_tree
 
 
@@ -131,7 +131,7 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 def prune(directory: Path, keep: int, best_step: int | None) -> None:
     """Remove all but the newest `keep` checkpoints and the best, and whatever a killed run left half-written."""
     with writing(f"checkpoints {directory}"):
-        for _, path in [item for item in available(directory)[:-keep] if item[0] != best_step]:
+        for _, path in [item for item in checkpoints_in(directory)[:-keep] if item[0] != best_step]:
             _remove(path)
     for leftover in directory.glob(".writing-*"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -33,14 +33,14 @@ from rllava_core.training.evaluation import Evaluation, evaluate, held_out
 from rllava_core.training.garbage import long_lived_left_alone, settle
 from rllava_core.training.gate import gate
 from rllava_core.training.lifecycle import Lifecycle
+from rllava_core.training.memory import give_back_free_memory, peak_memory_bytes
 from rllava_core.training.metrics import Clock, describe, mean
 from rllava_core.training.processes import agree, score_once
-from rllava_core.training.run_directory import RunDirectory, available
+from rllava_core.training.run_directory import RunDirectory, checkpoints_in
 from rllava_core.training.samples import write_sample
 from rllava_core.training.schedule import learning_rate
 from rllava_core.training.seeds import EPISODES, GLOBAL, SAMPLING, DataOrder, derive, seed_everything
 from rllava_core.training.sight import probe, unseen
-from rllava_core.training.storage import give_back_free_memory, peak_memory_bytes
 from rllava_core.training.tracking import MetricsLog, Trackers, check_trackers
 
 _KINDS_SHOWN = 20
@@ -368,7 +368,7 @@ class _Run:
         checkpoint.prune(directory, self.training.keep_checkpoints, self.progress.evaluations["best"]["step"])
 
     def _last_checkpoint(self) -> str:
-        found = available(self.directory.checkpoints)
+        found = checkpoints_in(self.directory.checkpoints)
         return f"the last good checkpoint is {found[-1][1]}" if found else "no checkpoint had been saved yet"
 
 

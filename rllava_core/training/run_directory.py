@@ -31,7 +31,7 @@ _MAY_CHANGE = (
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
-def available(directory: Path) -> list[tuple[int, Path]]:
+def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
     """Complete checkpoints by step, oldest first."""
     if not directory.is_dir():
         return []
@@ -68,7 +68,7 @@ class RunDirectory:
             self._check_same_run(config)
         elif self.path.exists() and (not self.path.is_dir() or any(self._foreign())):
             raise ConfigError(f"{self.path} exists and holds no run: choose an empty or new --run-dir")
-        found = available(self.checkpoints)
+        found = checkpoints_in(self.checkpoints)
         return found[-1][1] if found else None
 
     def begin(self, config: RunConfig) -> None:

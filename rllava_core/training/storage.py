@@ -1,14 +1,11 @@
-"""State on disk: trees of tensors and plain values as safetensors and JSON; and the memory that it takes."""
+"""State on disk: trees of tensors and plain values as safetensors and JSON."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -84,21 +81,3 @@ def _attach(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_attach(item, tensors) for item in value]
     return value
-
-
-def give_back_free_memory() -> None:
-    """Return to the system what the C library (glibc) has kept of freed memory, which may be as much as a step's
-    activations: to be called where something else is about to need memory in other sizes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def peak_memory_bytes() -> int:
-    """The process's largest resident size so far; on a CUDA device the largest allocation there."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

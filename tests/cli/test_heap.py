@@ -21,7 +21,8 @@ def began(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], str]]:
     monkeypatch.setattr(os, "execv", lambda path, words: found.append((path, words, os.environ["GLIBC_TUNABLES"])))
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.36", raising=False)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "rllava_core", "train", "task.yaml"])
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for name in [name for name in os.environ if name == "GLIBC_TUNABLES" or name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
     return found
 
 
@@ -50,14 +51,20 @@ def test_it_does_so_once_and_what_it_starts_is_not_told(began: list[object], mon
     assert "GLIBC_TUNABLES" not in os.environ
 
 
-@pytest.mark.parametrize("own", ["", "glibc.malloc.check=3"])
-def test_tunables_of_ones_own_stay(began: list[object], monkeypatch: pytest.MonkeyPatch, own: str) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", own)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("GLIBC_TUNABLES", ""), ("GLIBC_TUNABLES", "glibc.malloc.check=3"), ("MALLOC_MMAP_THRESHOLD_", "131072")],
+)
+def test_what_somebody_has_told_glibc_stays(
+    began: list[object], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    before = {**os.environ, name: value}
+    monkeypatch.setenv(name, value)
 
     heap.begin_with_whole_holes(["train"])
 
     assert began == []
-    assert os.environ["GLIBC_TUNABLES"] == own
+    assert dict(os.environ) == before
 
 
 def test_another_c_library_is_left_alone(began: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +85,6 @@ def test_the_process_that_trains_was_begun_with_them(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", f"{script}\n", "train", "missing.yaml"],
         cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -19,7 +19,7 @@ from rllava_core.policy.policy import Policy
 from rllava_core.training import checkpoint
 from rllava_core.training.build import Parts
 from rllava_core.training.checkpoint import Progress, prune, restore, save
-from rllava_core.training.run_directory import available
+from rllava_core.training.run_directory import checkpoints_in
 
 Build = Callable[..., Parts]
 
@@ -105,8 +105,8 @@ def test_checkpoints_are_listed_oldest_first_and_only_whole_ones(build_toy: Buil
     (folder / "step-000023").mkdir()
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
 
-    assert [step for step, _ in available(folder)] == [3, 20, 1_000_000]
-    assert available(folder / "missing") == []
+    assert [step for step, _ in checkpoints_in(folder)] == [3, 20, 1_000_000]
+    assert checkpoints_in(folder / "missing") == []
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_pruning_keeps_the_newest_and_the_best(folder: Path, keep: int, best: in
 
     prune(folder, keep, best)
 
-    assert [step for step, _ in available(folder)] == kept
+    assert [step for step, _ in checkpoints_in(folder)] == kept
     assert sorted(path.name for path in folder.iterdir()) == ["mine", *(f"step-{step:06d}" for step in kept)]
 
 
@@ -233,7 +233,7 @@ def test_a_disk_that_is_really_full(build_toy: Build, small_disk: Path) -> None:
     with pytest.raises(TrainingError, match=r"step-000\d\d\d could not be written: .*No space left on device"):
         fill()
 
-    saved = available(small_disk)
+    saved = checkpoints_in(small_disk)
     assert len(saved) > 0
     assert sorted(path.name for path in small_disk.iterdir()) == [f"step-{step + 1:06d}" for step in range(len(saved))]
     fresh = build_toy(checkpoint=saved[-1][1])
