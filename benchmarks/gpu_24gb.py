@@ -64,8 +64,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -74,39 +73,17 @@ from typing import Any
 import torch
 import workloads
 import yaml
-from pydantic import Field
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    Qwen2Tokenizer,
-)
+from metering import METER, synchronize
+from random_shapes import write_shape
 from vs_trl import machine, versions
 
-from rllava_core import ComponentSpec, PluginInfo, hookimpl
-from rllava_core.algorithms.protocol import Batch, LossFunction
 from rllava_core.config import ResolvedConfig, load
-from rllava_core.engines.config import LocalRolloutConfig, LocalTrainConfig
-from rllava_core.engines.local_rollout import LocalRolloutEngine
-from rllava_core.engines.local_train import LocalTrainEngine
-from rllava_core.engines.protocol import RolloutSetup, TrainSetup
-from rllava_core.engines.updates import Update
-from rllava_core.mdp.trajectory import ActionSegment
 from rllava_core.plugins import Registry, load_plugins
-from rllava_core.policy.behaviour import Behaviour
-from rllava_core.policy.sampling import Request
-from rllava_core.policy.scratch import byte_vocabulary
 from rllava_core.specs import ENTRY_POINT_GROUP
-from rllava_qwen2vl.config import Qwen2VLOptions
-from rllava_qwen2vl.stand_in import stand_in_processor
-from rllava_qwen2vl.tiny import SPECIAL_TOKENS, TEMPLATE_WORDS
 
 GIB = 2**30
 GROUP, NEW_TOKENS = 8, 256
-TINY_NEW_TOKENS, TINY_VOCABULARY, TINY_STEPS = 24, 2048, 2
+TINY_NEW_TOKENS, TINY_STEPS = 24, 2
 RESERVED_BAR, HOST_BAR = 23.0, 64.0
 """GiB."""
 
@@ -140,275 +117,6 @@ CASES = {
     "qwen3-vl-4b-on-gpu": Case("Qwen/Qwen3-VL-4B-Instruct", ON_THE_GPU),
 }
 DEFAULT_CASES = ("qwen2.5-vl-3b", "qwen3-vl-4b", "qwen2.5-vl-7b-lora")
-
-
-class Meter:
-    """Peaks of memory by phase: bytes that torch reserved and allocated on the GPU, and resident ones of the process.
-
-    `lap` books what happened since the last one under a name.
-    """
-
-    def __init__(self) -> None:
-        self.peaks: dict[str, dict[str, int]] = {}
-        self.optimizer_seconds = 0.0
-        self.engine: MeteredTrain | None = None
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """What is done within; what was done before was something else: loading, or the image probe."""
-        self.lap("other")
-        try:
-            yield
-            synchronize()  # so that the phase's seconds are its own
-        finally:
-            self.lap(name)
-
-    def lap(self, name: str) -> None:
-        found = {"host": _resident("VmHWM")}
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is the present size again
-        except OSError:
-            name = "all"  # it cannot be told when it was
-        if torch.cuda.is_available():
-            found |= {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
-            torch.cuda.reset_peak_memory_stats()
-        before = self.peaks.setdefault(name, {})
-        self.peaks[name] = {key: max(value, before.get(key, 0)) for key, value in found.items()}
-
-
-METER = Meter()
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _resident(name: str) -> int:
-    """Bytes, from Linux's account of this process."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"no {name} in /proc/self/status: memory is measured on Linux only")
-
-
-# What is plugged into a run: this file is a plugin, as `workloads` is.
-
-
-class ShapeOptions(Qwen2VLOptions):
-    """Options of the adapter `random_qwen2vl`."""
-
-    from_scratch: str | None = Field(  # type: ignore[assignment]
-        default=None, description="a directory that holds config.json and a processor, and no weights"
-    )
-    device: str = Field(default="cpu", description="where the weights are made")
-
-
-class RandomQwen2VL(workloads.Endless):
-    """A model of a given shape with random weights, made where and as they stay; its answers never end."""
-
-    config: ShapeOptions
-
-    def scratch_processor(self) -> Any:
-        return AutoProcessor.from_pretrained(self.config.from_scratch)
-
-    def scratch_model(self) -> PreTrainedModel:
-        config = AutoConfig.from_pretrained(self.config.from_scratch)
-        with torch.device(self.config.device):
-            made: PreTrainedModel = AutoModelForImageTextToText.from_config(
-                config, dtype=getattr(torch, self.config.dtype), attn_implementation=self.config.attention
-            )
-        return made
-
-
-class TimedUpdate:
-    """An update whose last part, after the backward passes, is timed."""
-
-    def __init__(self, update: Update) -> None:
-        self._update = update
-
-    def begin(self, backward_passes: int, learning_rate: float) -> None:
-        self._update.begin(backward_passes, learning_rate)
-
-    def finish(self) -> Tensor:
-        synchronize()
-        began = time.perf_counter()
-        norm = self._update.finish()
-        synchronize()
-        METER.optimizer_seconds = time.perf_counter() - began
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._update.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._update.load_state_dict(state)
-
-
-class MeteredTrain(LocalTrainEngine):
-    """The engine `local`, which says what a step takes."""
-
-    def __init__(self, config: LocalTrainConfig, setup: TrainSetup) -> None:
-        super().__init__(config, setup)
-        self._update = TimedUpdate(self._update)
-        self._last: tuple[Batch, LossFunction, float] | None = None
-        METER.engine = self
-
-    def step(self, batch: Batch, loss: LossFunction, learning_rate: float) -> dict[str, float]:
-        self._last = batch, loss, learning_rate
-        with METER.phase("update"):
-            return super().step(batch, loss, learning_rate)
-
-    def parameters(self) -> dict[str, int]:
-        weights = list(self.policy.parameters())
-        trained = sum(weight.numel() for weight in weights if weight.requires_grad)
-        return {"parameters": sum(weight.numel() for weight in weights), "trained": trained}
-
-    def flops(self) -> dict[str, int | None]:
-        """Of an update: as done, and as it would be for sequences one by one, nothing computed again.
-
-        Done anew, for to count costs time and memory; the steps that it takes are nobody's loss, for the run is over.
-        """
-        assert self._last is not None
-        batch, loss, rate = self._last
-        done = self._counted(batch, loss, rate)
-        self._layout = {"packed": True, "shared": False}
-        self.policy.recompute(False)
-        [first, *_] = batch.split(1, shared=False)
-        one = self._counted(first, loss, rate)
-        return {"done": done, "unshared": None if one is None else one * len(batch.trajectories)}
-
-    def _counted(self, batch: Batch, loss: LossFunction, rate: float) -> int | None:
-        """None where memory does not suffice, which must not cost what was measured."""
-        try:
-            with FlopCounterMode(display=False) as counter:
-                super().step(batch, loss, rate)
-        except torch.OutOfMemoryError:
-            return None
-        return int(counter.get_total_flops())
-
-
-class MeteredRollout(LocalRolloutEngine):
-    """The engine `local`, which says what sampling takes."""
-
-    def __init__(self, config: LocalRolloutConfig, setup: RolloutSetup) -> None:
-        super().__init__(config, setup)
-
-    def generate(
-        self, requests: Sequence[Request], seed: int | None, behaviour: Behaviour | None = None
-    ) -> list[list[ActionSegment]]:
-        # Evaluations are greedy.
-        with METER.phase("evaluation" if seed is None else "rollout"):
-            return super().generate(requests, seed, behaviour)
-
-
-@hookimpl
-def rllava_plugin_info() -> PluginInfo:
-    return PluginInfo(summary="What gpu_24gb.py measures with.")
-
-
-@hookimpl
-def rllava_models() -> list[ComponentSpec]:
-    return [
-        ComponentSpec(
-            name="random_qwen2vl",
-            target="gpu_24gb:RandomQwen2VL",
-            config="gpu_24gb:ShapeOptions",
-            summary="a Qwen vision-language model of a given shape with random weights",
-            provides=frozenset({"heads"}),
-        )
-    ]
-
-
-@hookimpl
-def rllava_engines() -> list[ComponentSpec]:
-    return [
-        ComponentSpec(
-            name="metered",
-            target="gpu_24gb:MeteredTrain",
-            config="rllava_core.engines.config:LocalTrainConfig",
-            summary="`local`, measured",
-            provides=frozenset({"train"}),
-        ),
-        ComponentSpec(
-            name="metered",
-            target="gpu_24gb:MeteredRollout",
-            config="rllava_core.engines.config:LocalRolloutConfig",
-            summary="`local`, measured",
-            provides=frozenset({"rollout", "logprobs", "action_values"}),
-        ),
-    ]
-
-
-# What a case is made of.
-
-
-def write_shape(model: str, directory: Path, *, tiny: bool) -> None:
-    """`config.json` of a published shape with our tokenizer's ids, and a processor with as many words as the model.
-
-    The processor cuts images as the model's own does; only its words are others.
-    """
-    assert Qwen2VLOptions.shapes is not None
-    config = json.loads((Qwen2VLOptions.shapes / model / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", config)  # that of Qwen2.5-VL is flat
-    if tiny:
-        _shrink(text, config["vision_config"])
-    tokenizer = _tokenizer(text["vocab_size"])
-    identifier = tokenizer.convert_tokens_to_ids
-    config |= {
-        "image_token_id": identifier("<|image_pad|>"),
-        "video_token_id": identifier("<|video_pad|>"),
-        "vision_start_token_id": identifier("<|vision_start|>"),
-        "vision_end_token_id": identifier("<|vision_end|>"),
-    }
-    text |= {
-        "bos_token_id": identifier("<|endoftext|>"),
-        "eos_token_id": identifier("<|im_end|>"),
-        "pad_token_id": identifier("<|endoftext|>"),
-    }
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    own = stand_in_processor(AutoConfig.from_pretrained(directory), {})
-    type(own)(
-        image_processor=own.image_processor,
-        tokenizer=tokenizer,
-        video_processor=own.video_processor,
-        chat_template=own.chat_template,
-    ).save_pretrained(directory)
-
-
-def _shrink(text: dict[str, Any], vision: dict[str, Any]) -> None:
-    """Two narrow layers of each kind. Heads keep their size, which positions are made for, and images their tokens."""
-    text |= {
-        "vocab_size": TINY_VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    vision |= {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 256}
-    for name, layers in (("fullatt_block_indexes", [1]), ("deepstack_visual_indexes", [0])):
-        if name in vision:
-            vision[name] = layers
-
-
-def _tokenizer(size: int) -> Qwen2Tokenizer:
-    """Bytes, words that nobody writes to fill the vocabulary, and the special tokens."""
-    vocabulary, merges = byte_vocabulary(TEMPLATE_WORDS)
-    for number in range(size - len(vocabulary) - len(SPECIAL_TOKENS)):
-        vocabulary[f"w{number}"] = len(vocabulary)
-    for token in SPECIAL_TOKENS:
-        vocabulary[token] = len(vocabulary)
-    end, pad = "<|im_end|>", "<|endoftext|>"
-    return Qwen2Tokenizer(
-        vocab=vocabulary,
-        merges=merges,
-        eos_token=end,
-        pad_token=pad,
-        unk_token=pad,
-        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (end, pad)],
-    )
 
 
 def config_of(case: Case, model: Path, data: Path, steps: int, *, tiny: bool) -> dict[str, Any]:
@@ -453,8 +161,8 @@ def config_of(case: Case, model: Path, data: Path, steps: int, *, tiny: bool) ->
 
 
 def resolve(path: Path) -> tuple[ResolvedConfig, Registry]:
-    """With the installed plugins, `workloads` and this file."""
-    own = [EntryPoint(name, name, ENTRY_POINT_GROUP) for name in ("workloads", "gpu_24gb")]
+    """With the installed plugins and those of the benchmarks."""
+    own = [EntryPoint(name, name, ENTRY_POINT_GROUP) for name in ("workloads", "random_shapes", "metering")]
     known = load_plugins([*entry_points(group=ENTRY_POINT_GROUP), *own], strict=True)
     return load(path, [], known), known
 
@@ -726,7 +434,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # By its name, for as a plugin it is imported by that, and there must be one meter only.
-    import gpu_24gb
-
-    gpu_24gb.main()
+    main()
