@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rllava_core.cli.importing import importing
+
 if TYPE_CHECKING:
     from rllava_core.training.evaluation import Evaluation
 
@@ -52,14 +54,16 @@ def evaluate(
     registry = load_plugins()
     for warning in registry.warnings:
         click.echo(f"warning: {warning}", err=True)
-    resolved = load(target / "config.yaml" if is_run else target, overrides, registry, learning=False)
+    with importing():
+        resolved = load(target / "config.yaml" if is_run else target, overrides, registry, learning=False)
     weights = _checkpoint(target, checkpoint) if is_run else None
 
-    from rllava_core.cli.display import quiet_libraries
-    from rllava_core.policy.behaviour import Behaviour
-    from rllava_core.training.build import build_players
-    from rllava_core.training.checkpoint import restore_heads
-    from rllava_core.training.evaluation import evaluate as run
+    with importing():
+        from rllava_core.cli.display import quiet_libraries
+        from rllava_core.policy.behaviour import Behaviour
+        from rllava_core.training.build import build_players
+        from rllava_core.training.checkpoint import restore_heads
+        from rllava_core.training.evaluation import evaluate as run
 
     quiet_libraries()
     training = resolved.run.training

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rllava_core.cli.importing import importing
+
 if TYPE_CHECKING:
     from rllava_core.training.parity import Parity
 
@@ -32,12 +34,14 @@ def parity(
     registry = load_plugins()
     for warning in registry.warnings:
         click.echo(f"warning: {warning}", err=True)
-    resolved = load(config, overrides, registry)
+    with importing():
+        resolved = load(config, overrides, registry)
 
-    from rllava_core.cli.display import quiet_libraries
-    from rllava_core.training.build import build_parts
-    from rllava_core.training.evaluation import held_out
-    from rllava_core.training.parity import measure, tolerance_of
+    with importing():
+        from rllava_core.cli.display import quiet_libraries
+        from rllava_core.training.build import build_parts
+        from rllava_core.training.evaluation import held_out
+        from rllava_core.training.parity import measure, tolerance_of
 
     quiet_libraries()
     with build_parts(resolved, learning=False) as parts:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from rllava_core.cli.importing import importing
 from rllava_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,13 +52,14 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool, fit: st
     if host is not None and budget is None:
         raise ConfigError("--host-memory limits what --fit may choose: add --fit with the size of the card")
     sizes = _sizes(options)
-    with _nothing_collected():
+    with importing():
         request = _request(config, overrides, options, sizes)
 
         from rllava_core.cli.display import quiet_libraries
         from rllava_core.planning.fitting import fitted
         from rllava_core.planning.planner import Planner
         from rllava_core.planning.timing import Machine
+        from rllava_core.training.garbage import long_lived_left_alone
 
     quiet_libraries()
     on_card = request.device == "cuda"
@@ -69,25 +68,14 @@ def plan(config: Path | None, overrides: tuple[str, ...], as_json: bool, fit: st
     if budget is not None and not request.has_levers:
         raise ConfigError("--fit searches options of the engine `local`, and engine.train is another: leave it out")
     machine = Machine.card(options["tflops"], options["bandwidth"]) if on_card else Machine.this_cpu()
-    planner = Planner(request, machine)
-    found = None if budget is None else fitted(planner, request, budget, host)
-    chosen = planner.plan() if found is None else found.plan
+    with long_lived_left_alone():
+        planner = Planner(request, machine)
+        found = None if budget is None else fitted(planner, request, budget, host)
+        chosen = planner.plan() if found is None else found.plan
     if as_json:
         click.echo(json.dumps(_as_json(chosen, found), indent=2))
     else:
         _show(chosen, found, request)
-
-
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """For imports, which take most of the time and make no garbage: to look for it costs a tenth of them."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def parse_size(text: str, what: str) -> int:

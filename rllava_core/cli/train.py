@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rllava_core.cli.importing import importing
 from rllava_core.cli.launching import launch, processes, rank
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def train(config: Path, overrides: tuple[str, ...], run_dir: Path | None, resume
     from rllava_core.plugins import load_plugins
 
     registry = load_plugins()
-    resolved = load(config, overrides, registry)
+    with importing():
+        resolved = load(config, overrides, registry)
     launched = processes()
     if launched > 1 and (num_processes > 1 or run_dir is None):
         from rllava_core.errors import ConfigError
@@ -81,8 +83,9 @@ def _trained(
     resolved: ResolvedConfig, registry: Registry, directory: RunDirectory, resume_command: str, *, resume: bool
 ) -> dict[str, Any]:
     """Train in this process. Returns the run's summary."""
-    from rllava_core.cli.display import Display, Silence, quiet_libraries
-    from rllava_core.training.loop import train as run
+    with importing():
+        from rllava_core.cli.display import Display, Silence, quiet_libraries
+        from rllava_core.training.loop import train as run
 
     quiet_libraries()
     if rank() > 0:
