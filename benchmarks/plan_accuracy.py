@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ class Case:
     prompts: int
     algorithm: str
     model: str = ""
-    train: str = "{}"
+    train: str = ""
     training: str = "micro_batch_tokens: 16384"
-    top: dict[str, Any] = field(default_factory=dict)
     question: str = "What is it?"
 
 
@@ -70,6 +69,14 @@ CASES = {
         {**EYES, "intermediate_size": 1024, "out_hidden_size": 512},
         *((64, 64), 24, 2),
         "{name: grpo, group_size: 4}",
+    ),
+    "qwen2.5 mixed precision": Case(
+        *("qwen2vl", "Qwen2VL", "tiny-qwen2.5"),
+        {**TEXT, **QWEN, "num_key_value_heads": 4, "vocab_size": 32000, "num_hidden_layers": 12},
+        {**EYES, "intermediate_size": 1024, "out_hidden_size": 512},
+        *((64, 64), 24, 16),
+        "{name: grpo, group_size: 4}",
+        train="mixed_precision: bf16",
     ),
     "qwen3 large vocabulary": Case(
         *("qwen2vl", "Qwen2VL", "tiny-qwen3"),
@@ -159,7 +166,7 @@ task:
   prompt: "{{question}}"
   max_new_tokens: {case.answer_tokens}
   rewards: [{{name: exact_match}}]
-engine: {{train: {{name: local, device: cpu}}}}
+engine: {{train: {{name: local, device: cpu{", " + case.train if case.train else ""}}}}}
 training: {{steps: 2, prompts_per_step: {case.prompts}, eval_episodes: 2, {case.training}}}
 """,
         encoding="utf-8",

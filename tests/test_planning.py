@@ -94,6 +94,15 @@ def test_mixed_precision() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+def test_mixed_precision_keeps_one_copy_of_a_weight_however_often_it_is_used() -> None:
+    weight, values = meta(8, 16, trained=True), meta(4, 16)
+    with torch.no_grad(), Tracer(vocabulary=7, autocast=torch.bfloat16) as tracer:
+        for _ in range(3):
+            functional.linear(values, weight)
+
+    assert tracer.footprint.left == {"lowered": 8 * 16 * 2}
+
+
 @pytest.mark.parametrize(
     ("levers", "dtype", "expected"),
     [

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rllava_core.engines.offloading import SMALLEST
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.planning.tracing import META, Footprint, Tracer, backward, on_meta
+from rllava_core.planning.tracing import LOWERED, META, Footprint, Tracer, backward, on_meta
 from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
@@ -94,7 +94,7 @@ class Laboratory:
         batch = self._packed(few, packed=self.policy.recomputes, shared=True)
         found = self._largest(lambda: self._traced_probe(batch))
         # Logits come in chunks of the same size however many there are.
-        return _times(found, len(trajectories) / len(few), but=("logits",))
+        return _times(found, len(trajectories) / len(few), but=("logits", LOWERED))
 
     def evaluation(self, trajectories: Sequence[Trajectory]) -> Footprint:
         """Forward of one micro-batch without gradients, as of a reference policy."""
@@ -104,7 +104,7 @@ class Laboratory:
     def sampling(self, groups: int, count: int) -> Footprint:
         """Prefill of so many prompts, and decoding of `count` answers to each."""
         few = min(groups, SOME)
-        return _times(self._largest(lambda: self._traced_sampling(few, count)), groups / few)
+        return _times(self._largest(lambda: self._traced_sampling(few, count)), groups / few, but=(LOWERED,))
 
     def _largest(self, traced: Callable[[], list[Footprint]]) -> Footprint:
         stages = self._all_layers(traced)
@@ -357,7 +357,7 @@ def _models(policy: Policy) -> list[nn.Module]:
     return [policy.model] if policy.trunk is None else [policy.model, policy.trunk]
 
 
-def _times(footprint: Footprint, factor: float, but: Sequence[str] = ()) -> Footprint:
+def _times(footprint: Footprint, factor: float, but: Sequence[str]) -> Footprint:
     def scaled(sizes: Mapping[str, int]) -> dict[str, int]:
         return {label: size if label in but else round(factor * size) for label, size in sizes.items()}
 

@@ -26,7 +26,7 @@ from rllava_core.planning.measuring import Laboratory, Pass
 from rllava_core.planning.request import Levers, Request
 from rllava_core.planning.shape import planned_adapter, planned_model
 from rllava_core.planning.timing import Machine, Seconds
-from rllava_core.planning.tracing import Footprint
+from rllava_core.planning.tracing import LOWERED, Footprint
 from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import copy_sharing_frozen, is_adapted
@@ -50,7 +50,13 @@ CUDA_CONTEXT = 600 * MIB
 CUDA_HOST = 2048 * MIB
 """Host memory of a process that uses CUDA, over one that does not. Not yet measured by us."""
 
-LABELS = {"cache": "key-value cache", "logits": "logits", "vision": "vision", "activations": "activations"}
+LABELS = {
+    "cache": "key-value cache",
+    "logits": "logits",
+    "vision": "vision",
+    "activations": "activations",
+    LOWERED: "weights, lowered",
+}
 """What passes take for a while, by the name that it has where it is traced, and where it is shown."""
 
 MEDIA_LIMIT = 2**30

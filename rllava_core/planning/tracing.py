@@ -10,11 +10,10 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
+
+LOWERED = "lowered"
+"""What autocast's copies of weights are booked as."""
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 
@@ -57,7 +59,7 @@ class Tracer:
 
     def __init__(self, vocabulary: int, autocast: torch.dtype | None = None) -> None:
         self._vocabulary = vocabulary
-        self._modes = (*_autocast_of_meta(autocast), _Functions(autocast), _Dispatch(self))
+        self._modes = (_Functions(self, autocast), _Dispatch(self))
         self._stack = ExitStack()
         self.label = "activations"
         self._held: dict[int, tuple[str, int, Any]] = {}  # by address of the storage
@@ -149,22 +151,6 @@ class Tracer:
             self._total -= size
 
 
-def _autocast_of_meta(dtype: torch.dtype | None) -> list[AbstractContextManager[Any]]:
-    """torch raises if it is asked for autocast on the meta device; in here it is that of the engine."""
-    enabled, of_device = torch.is_autocast_enabled, torch.get_autocast_dtype
-
-    def is_enabled(*device: str) -> bool:
-        return dtype is not None if device == ("meta",) else enabled(*device)
-
-    def get_dtype(device: str) -> torch.dtype:
-        return dtype if dtype is not None and device == "meta" else of_device(device)
-
-    return [
-        mock.patch.object(torch, "is_autocast_enabled", is_enabled),
-        mock.patch.object(torch, "get_autocast_dtype", get_dtype),
-    ]
-
-
 class _Dispatch(TorchDispatchMode):
     """Lets real whole numbers and floats on the meta device meet in one operation, and books what it makes.
 
@@ -237,8 +223,9 @@ class _Dispatch(TorchDispatchMode):
 class _Functions(TorchFunctionMode):
     """What is decided by the device: the kernel of attention (one that keeps no scores), and autocast."""
 
-    def __init__(self, autocast: torch.dtype | None) -> None:
+    def __init__(self, tracer: Tracer, autocast: torch.dtype | None) -> None:
         super().__init__()
+        self._tracer = tracer
         self._autocast = autocast
         self._cast: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -258,6 +245,7 @@ class _Functions(TorchFunctionMode):
         # Autocast keeps the casts of weights until it is left.
         if id(tensor) not in self._cast:
             self._cast[id(tensor)] = (tensor, tensor.to(self._autocast))
+            self._tracer.rename(self._cast[id(tensor)][1], LOWERED)
         return self._cast[id(tensor)][1]
 
 

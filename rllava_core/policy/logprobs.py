@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 2**24
@@ -44,8 +45,7 @@ def chunked_logprobs(
         return at_least_float32(hidden.new_zeros(0)), at_least_float32(hidden.new_zeros(0))
     if type(lm_head) is nn.Linear:
         never = forbidden.nonzero()[:, 0]
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else lm_head.weight.dtype
+        dtype = _product_type(hidden, lm_head.weight)
         # A tensor's own conversion, which autograd knows, and which autocast would make anew for every chunk.
         inputs = (hidden.to(dtype), lm_head.weight.to(dtype), None if lm_head.bias is None else lm_head.bias.to(dtype))
         found: tuple[Tensor, Tensor] = _LinearScores.apply(*inputs, row, token, never, temperature, size, adds_up)
@@ -70,6 +70,12 @@ def log_softmax_of(hidden: Tensor, lm_head: nn.Module, forbidden: Tensor, temper
 def at_least_float32(values: Tensor) -> Tensor:
     """Half precision becomes float32; a model in float64 keeps it."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _product_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The type that their product is computed in here: autocast's, if it is on for their device, or the weight's."""
+    with torch.no_grad():
+        return functional.linear(hidden[:1].to(weight.dtype), weight[:1]).dtype
 
 
 def _chunks(row: Tensor, count: int, size: int) -> Iterator[tuple[slice, slice]]:
