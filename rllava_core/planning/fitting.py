@@ -48,18 +48,20 @@ def fitted(planner: Planner, request: Request, budget: int, host: int | None = N
     """
     before = request.levers
     room = _Room(budget, host if request.device == "cuda" else None)
-    least = planner.plan()
+    enough = MARGIN * budget
+    least = planner.plan(enough=enough)
     for levers in () if room.holds(least) else _from_fast_to_slow(request):
         try:
             if not room.may_hold(planner, levers):
                 continue
-            least = min((least, planner.plan(levers)), key=room.lack)
+            least = min((least, planner.plan(levers, enough)), key=room.lack)
         except ConfigError:
             continue  # such a setting cannot be run
         if room.holds(least):
             break
     if not room.holds(least):
-        least = min((least, _leanest(planner, request)), key=room.lack)
+        least = min((least, planner.plan(_leanest(request), enough)), key=room.lack)
+        least = planner.plan(least.levers)
     card = next((size for size in CARDS if least.needed <= MARGIN * size * 2**30), None)
     return Fit(budget, room.holds(least), least, tuple(least.levers.overrides(before)), card, room.host)
 
@@ -150,16 +152,14 @@ def _slowness(levers: Levers, before: Levers) -> float:
     )
 
 
-def _leanest(planner: Planner, request: Request) -> Plan:
-    """With every lever that goes with the others."""
-    return planner.plan(
-        replace(
-            request.levers,
-            micro_batch_tokens=min(SMALLEST_BATCH, request.levers.micro_batch_tokens),
-            checkpoint_activations=True,
-            optimizer_on_cpu=True,
-            step_in_backward=False,
-            dtype="bfloat16" if request.levers.dtype == "float32" else request.levers.dtype,
-            unseen_images="ignore",
-        )
+def _leanest(request: Request) -> Levers:
+    """Every lever that goes with the others."""
+    return replace(
+        request.levers,
+        micro_batch_tokens=min(SMALLEST_BATCH, request.levers.micro_batch_tokens),
+        checkpoint_activations=True,
+        optimizer_on_cpu=True,
+        step_in_backward=False,
+        dtype="bfloat16" if request.levers.dtype == "float32" else request.levers.dtype,
+        unseen_images="ignore",
     )

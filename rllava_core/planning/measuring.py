@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rllava_core.engines.offloading import SMALLEST
 from rllava_core.mdp.trajectory import Trajectory
-from rllava_core.planning.tracing import LOWERED, META, Footprint, Tracer, backward, on_meta
+from rllava_core.planning.heap import Recording
+from rllava_core.planning.tracing import GRADIENTS, LOWERED, META, Footprint, Tracer, backward, on_meta
 from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.adapter import Features, Part
 from rllava_core.policy.batch import BatchBuilder, PolicyBatch
@@ -40,8 +41,7 @@ class Pass:
 
     sharing, recompute, offload: as the config's `engine.train` says.
     entropy: whether the loss has a gradient through entropies.
-    gradients_from: finished gradients of so many bytes and more are followed, and stay, as "gradients"; smaller ones
-        are left out.
+    keeps_gradients: finished gradients stay, as "gradients"; if not, they are left out.
     added: there are gradients already, to which these are added.
     """
 
@@ -49,7 +49,7 @@ class Pass:
     recompute: bool
     offload: bool
     entropy: bool
-    gradients_from: float
+    keeps_gradients: bool
     added: bool
 
 
@@ -62,6 +62,7 @@ class Laboratory:
         self._episodes = episodes
         self._autocast = autocast
         self._layers = _layer_lists(policy)
+        self._last: Tracer | None = None
 
     def encoding(self) -> Footprint | None:
         """What it takes to see one image, if that is done once; batches then hold what became of it."""
@@ -106,6 +107,25 @@ class Laboratory:
         few = min(groups, SOME)
         return _times(self._largest(lambda: self._traced_sampling(few, count)), groups / few, but=(LOWERED,))
 
+    def record_update(self, trajectories: Sequence[Trajectory], how: Pass) -> Recording:
+        """What `update` makes and frees, in a model of all layers."""
+        batch = self._packed(trajectories, packed=how.recompute or not how.sharing, shared=how.sharing)
+        return self._recorded(lambda: self._traced_update(batch, how))
+
+    def record_evaluation(self, trajectories: Sequence[Trajectory]) -> Recording:
+        """What `evaluation` makes and frees, in a model of all layers."""
+        batch = self._packed(trajectories, packed=False, shared=True)
+        return self._recorded(lambda: self._traced_evaluation(batch))
+
+    def record_sampling(self, groups: int, count: int) -> Recording:
+        """What `sampling` makes and frees, in a model of all layers."""
+        return self._recorded(lambda: self._traced_sampling(groups, count))
+
+    def _recorded(self, traced: Callable[[], list[Footprint]]) -> Recording:
+        traced()
+        assert self._last is not None
+        return self._last.recording
+
     def _largest(self, traced: Callable[[], list[Footprint]]) -> Footprint:
         stages = self._all_layers(traced)
         largest = max(stages, key=lambda stage: stage.total)
@@ -149,7 +169,7 @@ class Laboratory:
         """A tracer that counts what is large in a batch from the beginning."""
         head = self.policy.adapter.lm_head(self.policy.model)
         assert isinstance(head.weight, Tensor)
-        tracer = Tracer(head.weight.shape[0], self._autocast)
+        self._last = tracer = Tracer(head.weight.shape[0], self._autocast)
         if batch is not None:
             for values in (*batch.prefix_media.values(), *batch.tree_media.values(), batch.tree_sees):
                 if values is not None:
@@ -174,8 +194,8 @@ class Laboratory:
         def made(begins: int, parameter: Tensor) -> None:
             until(begins)
             assert parameter.grad is not None
-            if parameter.nbytes >= how.gradients_from:
-                tracer.rename(parameter.grad, "gradients")
+            if how.keeps_gradients:
+                tracer.rename(parameter.grad, GRADIENTS)
                 return
             # Counted by whoever knows how long they stay.
             tracer.forget(parameter.grad)

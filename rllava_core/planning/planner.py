@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
@@ -22,11 +22,12 @@ from rllava_core.planning.counting import (
     step_bytes,
     stepped_in,
 )
+from rllava_core.planning.heap import Recording, extent_of_update
 from rllava_core.planning.measuring import Laboratory, Pass
 from rllava_core.planning.request import Levers, Request
 from rllava_core.planning.shape import planned_adapter, planned_model
 from rllava_core.planning.timing import Machine, Seconds
-from rllava_core.planning.tracing import LOWERED, Footprint
+from rllava_core.planning.tracing import GRADIENTS, LOWERED, Footprint
 from rllava_core.planning.workload import Episodes, PlannedMedia
 from rllava_core.policy.policy import Policy
 from rllava_core.policy.trained import copy_sharing_frozen, is_adapted
@@ -39,10 +40,6 @@ PROCESS = 64 * MIB
 """Host memory over that of an interpreter that has imported everything: 40 MiB of the libraries' code, read as it is
 used, and what Python and the threads of matrix products allocate. One run had 54 MiB after its C library had given back
 what was free, and 70 MiB where every block was mapped by itself."""
-
-MAPPED = 32 * MIB
-"""Blocks from which glibc maps each by itself, and gives it back as soon as it is freed. Smaller ones come from a heap,
-in which gradients seldom find the room that activations have left: other sizes, and aligned."""
 
 CUDA_CONTEXT = 600 * MIB
 """What the driver and cuBLAS take of a card before any tensor. Not yet measured by us."""
@@ -126,14 +123,18 @@ class Planner:
         self._first = request
         self._machine = machine
         self._subjects: dict[str, _Subject] = {}
-        self._plans: dict[Levers, Plan] = {}
+        self._plans: dict[tuple[Levers, float], Plan] = {}
 
-    def plan(self, levers: Levers | None = None) -> Plan:
-        """The plan with these levers; the request's own if none are given."""
-        levers = levers or self._first.levers
-        if levers not in self._plans:
-            self._plans[levers] = self._planned(levers)
-        return self._plans[levers]
+    def plan(self, levers: Levers | None = None, enough: float = math.inf) -> Plan:
+        """The plan with these levers; the request's own if none are given.
+
+        enough: bytes of the host's memory; what takes more without the holes of its heap is planned without them, for
+            they take longest to find.
+        """
+        key = levers or self._first.levers, enough
+        if key not in self._plans:
+            self._plans[key] = self._planned(*key)
+        return self._plans[key]
 
     def at_least(self, levers: Levers) -> Phase:
         """What weights, states and gradients alone take. Measures nothing."""
@@ -158,7 +159,7 @@ class Planner:
         found = _Parts(request, self._subject(request)).update
         return found.total - found.peak.get("gradients", 0)
 
-    def _planned(self, levers: Levers) -> Plan:
+    def _planned(self, levers: Levers, enough: float) -> Plan:
         request = self._first.with_levers(**asdict(levers))
         subject = self._subject(request)
         parts = _Parts(request, subject)
@@ -172,7 +173,7 @@ class Planner:
             prompt_tokens=subject.episodes.prompt_length,
             image_tokens=subject.episodes.image_tokens,
             micro_batches=parts.micro_batches,
-            phases=tuple(parts.phases()),
+            phases=tuple(parts.phases(enough)),
             seconds=seconds,
             processes=request.processes,
         )
@@ -213,6 +214,7 @@ class _Subject:
         self.other_weights = module_bytes(self.policy) - self.weights
         self.copies = (len(request.copies) + request.acting_copy) * copy_bytes(self.policy)
         self._measured: dict[object, Footprint] = {}
+        self._recorded: dict[object, Recording] = {}
 
     @cached_property
     def trained_parameters(self) -> list[Tensor]:
@@ -242,6 +244,24 @@ class _Subject:
             self._measured[key] = self.laboratory.sampling(groups, count)
         return self._measured[key]
 
+    def record_update(self, trajectories: Sequence[Trajectory], how: Pass) -> Recording:
+        key = ("update", len(trajectories), how)
+        if key not in self._recorded:
+            self._recorded[key] = self.laboratory.record_update(trajectories, how)
+        return self._recorded[key]
+
+    def record_evaluation(self, trajectories: Sequence[Trajectory]) -> Recording:
+        key = ("evaluation", len(trajectories))
+        if key not in self._recorded:
+            self._recorded[key] = self.laboratory.record_evaluation(trajectories)
+        return self._recorded[key]
+
+    def record_sampling(self, groups: int, count: int) -> Recording:
+        key = ("sampling", groups, count)
+        if key not in self._recorded:
+            self._recorded[key] = self.laboratory.record_sampling(groups, count)
+        return self._recorded[key]
+
 
 class _Parts:
     """What the phases of a run are made of."""
@@ -251,9 +271,10 @@ class _Parts:
         levers, workload = request.levers, request.workload
         groups = -(-workload.prompts // (request.minibatches * request.processes))
         self.batch = subject.episodes.trajectories(groups, workload.group_size)
-        split = list(Batch(tuple(self.batch), {}).split(levers.micro_batch_tokens, shared=levers.prefix_sharing))
-        self.micro_batches = len(split)
-        self.micro_batch = split[0].trajectories
+        split = Batch(tuple(self.batch), {}).split(levers.micro_batch_tokens, shared=levers.prefix_sharing)
+        self.split = [part.trajectories for part in split]
+        self.micro_batches = len(self.split)
+        self.micro_batch = self.split[0]
         if levers.step_in_backward and self.micro_batches > 1:
             raise ConfigError(
                 f"engine.train.step_in_backward needs one micro-batch a step, and there are {self.micro_batches}: "
@@ -261,19 +282,16 @@ class _Parts:
             )
         trained = subject.trained_parameters
         self.streamed = levers.optimizer_on_cpu or levers.step_in_backward or levers.stochastic_rounding
-        self.in_heap = MAPPED if request.device == "cpu" else 0
         taken = levers.optimizer_on_cpu or levers.step_in_backward or (self.streamed and self.micro_batches > 1)
-        self.update = subject.update(
-            self.micro_batch,
-            Pass(
-                sharing=levers.prefix_sharing,
-                recompute=levers.checkpoint_activations,
-                offload=levers.offload_activations,
-                entropy=request.entropy,
-                gradients_from=math.inf if taken or self.micro_batches > 1 else self.in_heap,
-                added=self.micro_batches > 1 and not self.streamed,
-            ),
+        self.how = Pass(
+            sharing=levers.prefix_sharing,
+            recompute=levers.checkpoint_activations,
+            offload=levers.offload_activations,
+            entropy=request.entropy,
+            keeps_gradients=not taken and self.micro_batches == 1,
+            added=self.micro_batches > 1 and not self.streamed,
         )
+        self.update = subject.update(self.micro_batch, self.how)
         # Gradients of several passes are added in the precision that the optimizer steps in.
         wide = self.micro_batches > 1
         self.gradients = sum(
@@ -290,7 +308,7 @@ class _Parts:
     def optimizer_device(self) -> int:
         return 0 if self.request.levers.optimizer_on_cpu else self.states
 
-    def phases(self) -> list[Phase]:
+    def phases(self, enough: float) -> list[Phase]:
         request, subject, workload = self.request, self.subject, self.request.workload
         before = {"weights": subject.weights, "heads and critic": subject.other_weights, "copies": subject.copies}
         before |= self.shared.held
@@ -309,8 +327,7 @@ class _Parts:
             # As `rllava_core.training.sight` computes it, which pulls none of the engine's levers.
             found.append(self._phase("image probe", kept, subject.probe(first)))
         if request.rollouts:
-            groups = max(1, min(request.own_prompts, limit // workload.group_size))
-            sampling = subject.sampling(groups, workload.group_size)
+            sampling = subject.sampling(self._groups, workload.group_size)
             found.append(self._phase("rollout", kept, sampling))
             if request.acting_copy:
                 kept["sampling meanwhile"] = sum(sampling.peak.get(label, 0) for label in LABELS)
@@ -318,7 +335,8 @@ class _Parts:
             found.append(self._phase("reference", kept, subject.evaluation(self.micro_batch)))
         gradients, on_host = self._gradients()
         update = {**kept, **self.shared.gathered, "gradients": gradients}
-        found.append(self._phase("update", update, self.update, on_host))
+        updating = self._phase("update", update, self.update, on_host)
+        found.append(updating)
         whole = 0 if request.levers.optimizer_on_cpu else self.gradients
         step = {**kept, "gradients": 0 if request.levers.step_in_backward else whole}
         host = dict(self._host())
@@ -329,13 +347,16 @@ class _Parts:
         found.append(self._placed("optimizer", step, host))
         kept.pop("sampling meanwhile", None)
         found.append(self._checkpoint(kept))
+        if request.device == "cpu" and max(phase.host_total for phase in found) <= enough:
+            there = {part: size for part, size in self._host().items() if part != "optimizer on the CPU"}
+            found[found.index(updating)] = self._with_holes(updating, sum(before.values()) + sum(there.values()))
         return found
 
     def _gradients(self) -> tuple[int, int]:
         """Finished gradients at the update's worst moment, on the device and on the host.
 
         Those of earlier micro-batches are all there. Those of the only one grow as activations are freed, so that there
-        are never all of both, but for those that do not find the room.
+        are never all of both.
         """
         levers = self.request.levers
         if levers.optimizer_on_cpu:
@@ -344,8 +365,39 @@ class _Parts:
             return 0, 0
         if self.micro_batches > 1 or self.gradients < self.whole_gradients:
             return self.gradients, 0
-        beside = sum(item.nbytes for item in self.subject.trained_parameters if item.nbytes < self.in_heap)
-        return self.update.peak.get("gradients", 0) + beside, 0
+        return self.update.peak.get(GRADIENTS, 0), 0
+
+    def _with_holes(self, update: Phase, outside: int) -> Phase:
+        """The update on the CPU, and what its heap holds beside what is in use.
+
+        outside: bytes of the phase that are there before a step begins, and are neither made nor freed by it.
+        """
+        holes = self._extent() - (update.host_total - outside)
+        return replace(update, host={**update.host, "holes of the heap": holes}) if holes > 0 else update
+
+    def _extent(self) -> int:
+        """Bytes of the heap at the worst moment of an update."""
+        request, subject, levers = self.request, self.subject, self.request.levers
+        before = []
+        if request.rollouts:
+            before.append(subject.record_sampling(self._groups, request.workload.group_size))
+        # Micro-batches are alike, but for the last: more of them leave no other holes.
+        parts = [self.split[0], *self.split[1:][-1:]]
+        if request.copies:
+            before += [subject.record_evaluation(part) for part in parts]
+        first = replace(self.how, keeps_gradients=True, added=False) if self.how.added else self.how
+        passes = [subject.record_update(part, self.how if number else first) for number, part in enumerate(parts)]
+        trained, share = subject.trained_parameters, request.share_of("states")
+        halves = [optimizer_bytes(levers, [item]) // (2 * share) for item in trained]
+        always = [item.numel() * stepped_in(levers, item) for item in trained] if levers.optimizer_on_cpu else []
+        return extent_of_update(before, passes, [size for half in halves for size in (half, half)], always)
+
+    @property
+    def _groups(self) -> int:
+        """How many prompts are answered at once."""
+        return max(
+            1, min(self.request.own_prompts, self.request.levers.max_sequences // self.request.workload.group_size)
+        )
 
     def _phase(self, name: str, kept: Mapping[str, int], footprint: Footprint, gradients: int = 0) -> Phase:
         device = {**kept, **{title: footprint.peak.get(label, 0) for label, title in LABELS.items()}}

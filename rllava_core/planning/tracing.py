@@ -23,6 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from rllava_core.planning.heap import Event, Recording
+
+GRADIENTS = "gradients"
+"""What finished gradients are booked as, which stay when a pass is over."""
+
 LOWERED = "lowered"
 """What autocast's copies of weights are booked as."""
 
@@ -55,6 +60,7 @@ class Tracer:
     label: what is allocated is booked under this name.
     vocabulary: size of the last dimension by which logits are told from other activations.
     autocast: the type that an engine's mixed precision computes matrix products in; None: that of their operands.
+    recording: when it is over, what was allocated and freed in it, in order.
     """
 
     def __init__(self, vocabulary: int, autocast: torch.dtype | None = None) -> None:
@@ -63,6 +69,9 @@ class Tracer:
         self._stack = ExitStack()
         self.label = "activations"
         self._held: dict[int, tuple[str, int, Any]] = {}  # by address of the storage
+        self._numbers: dict[int, int] = {}  # of what is held
+        self._events: list[Event] = []
+        self.recording = Recording((), frozenset())
         self._live: Counter[str] = Counter()
         self._total = 0
         self._peak: Counter[str] = Counter()
@@ -78,6 +87,8 @@ class Tracer:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        kept = frozenset(self._numbers[address] for address, (label, *_) in self._held.items() if label == GRADIENTS)
+        self.recording = Recording(tuple(self._events), kept)
 
     @property
     def footprint(self) -> Footprint:
@@ -92,11 +103,7 @@ class Tracer:
 
     def forget(self, tensor: Tensor) -> None:
         """Do not count a tensor any more that was allocated in here."""
-        entry = self._held.pop(tensor.untyped_storage()._cdata, None)
-        if entry is not None:
-            label, size, _ = entry
-            self._live[label] -= size
-            self._total -= size
+        self._free(tensor.untyped_storage()._cdata)
 
     def rename(self, tensor: Tensor, label: str) -> None:
         """Book a tensor that was allocated in here under another name."""
@@ -138,6 +145,8 @@ class Tracer:
             is_logits = tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary
             label = "logits" if is_logits else self.label
         self._held[address] = (label, size, weakref.ref(storage, lambda _: self._free(address)))
+        self._numbers[address] = len(self._events)
+        self._events.append((len(self._events), size))
         self._live[label] += size
         self._total += size
         if self._total > self._peak_total:
@@ -149,6 +158,7 @@ class Tracer:
             label, size, _ = self._held.pop(address)
             self._live[label] -= size
             self._total -= size
+            self._events.append((self._numbers.pop(address), None))
 
 
 class _Dispatch(TorchDispatchMode):

@@ -255,6 +255,26 @@ def test_frozen_parts_see_each_image_once(config: Path) -> None:
     assert phase(bounded, "update")["host"]["encoded images"] == 1000
 
 
+def test_holes_of_the_heap_are_looked_for_on_the_cpu_and_where_there_is_room(config: Path) -> None:
+    from rllava_core.config import load
+    from rllava_core.planning.planner import Planner
+    from rllava_core.planning.request import request_of_config
+    from rllava_core.planning.timing import Machine
+
+    sizes = {"image": (32, 32), "images": 1, "prompt_tokens": 64, "turns": 1}
+    request = request_of_config(load(config, ["training.micro_batch_tokens=512"], load_plugins()), sizes)
+    planner = Planner(request, Machine.this_cpu())
+    without, whole = (
+        {phase.name: phase.host for phase in planner.plan(enough=enough).phases} for enough in (0, float("inf"))
+    )
+
+    holes = whole["update"]["holes of the heap"]
+    assert 0 < holes < sum(without["update"].values())
+    assert {**without, "update": {**without["update"], "holes of the heap": holes}} == whole
+    on_card = planned(config, "training.micro_batch_tokens=512", "--device", "cuda")
+    assert "holes of the heap" not in phase(on_card, "update")["host"]
+
+
 def test_sampling_while_training_takes_its_memory_beside_what_training_takes(config: Path) -> None:
     plain = planned(config, "algorithm.importance=token")
     ahead = planned(config, "algorithm.importance=token", "engine.rollout.async=1")
