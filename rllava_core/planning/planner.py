@@ -348,8 +348,7 @@ class _Parts:
         kept.pop("sampling meanwhile", None)
         found.append(self._checkpoint(kept))
         if request.device == "cpu" and max(phase.host_total for phase in found) <= enough:
-            there = {part: size for part, size in self._host().items() if part != "optimizer on the CPU"}
-            found[found.index(updating)] = self._with_holes(updating, sum(before.values()) + sum(there.values()))
+            found[found.index(updating)] = self._with_holes(updating)
         return found
 
     def _gradients(self) -> tuple[int, int]:
@@ -367,12 +366,12 @@ class _Parts:
             return self.gradients, 0
         return self.update.peak.get(GRADIENTS, 0), 0
 
-    def _with_holes(self, update: Phase, outside: int) -> Phase:
-        """The update on the CPU, and what its heap holds beside what is in use.
-
-        outside: bytes of the phase that are there before a step begins, and are neither made nor freed by it.
-        """
-        holes = self._extent() - (update.host_total - outside)
+    def _with_holes(self, update: Phase) -> Phase:
+        """The update on the CPU, and what its heap holds beside what is in use."""
+        played = {*LABELS.values(), "optimizer", "optimizer on the CPU", "gradients on the CPU"}
+        if self.how.keeps_gradients or self.how.added:
+            played.add("gradients")
+        holes = self._extent() - sum(size for part, size in update.host.items() if part in played)
         return replace(update, host={**update.host, "holes of the heap": holes}) if holes > 0 else update
 
     def _extent(self) -> int:
