@@ -94,6 +94,23 @@ CASES = {
         question="What is it? " * 60,
         training="micro_batch_tokens: 1024",
     ),
+    "qwen2 three micro-batches": Case(
+        *("qwen2vl", "Qwen2VL", "tiny"),
+        {**TEXT, **QWEN, "num_key_value_heads": 2, "vocab_size": 8000, "num_hidden_layers": 12},
+        {"hidden_size": 512, "embed_dim": 384, "num_heads": 6, "depth": 6},
+        *((64, 64), 16, 5),
+        "{name: grpo, group_size: 8}",
+        question="What is it? " * 60,
+        training="micro_batch_tokens: 1900",
+    ),
+    "qwen3 8 bits on the CPU": Case(
+        *("qwen2vl", "Qwen2VL", "tiny-qwen3"),
+        {**TEXT, **QWEN, "head_dim": 64, "num_key_value_heads": 4, "vocab_size": 152000},
+        {**EYES, "intermediate_size": 1024, "out_hidden_size": 512},
+        *((64, 64), 24, 2),
+        "{name: grpo, group_size: 4, entropy_coefficient: 0.01}",
+        train="optimizer: adamw_8bit, optimizer_on_cpu: true",
+    ),
     "llava LoRA, reference": Case(
         *("llava", "Llava", "tiny"),
         {**TEXT, "num_key_value_heads": 8, "vocab_size": 32064, "num_hidden_layers": 16},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rllava_core.cli.plan import parse_size
 from rllava_core.errors import ConfigError
-from rllava_core.planning.counting import optimizer_bytes
+from rllava_core.planning.counting import optimizer_bytes, step_bytes
 from rllava_core.planning.request import Levers
 from rllava_core.planning.tracing import Tracer, backward
 
@@ -99,8 +100,11 @@ def test_mixed_precision_keeps_one_copy_of_a_weight_however_often_it_is_used() -
     with torch.no_grad(), Tracer(vocabulary=7, autocast=torch.bfloat16) as tracer:
         for _ in range(3):
             functional.linear(values, weight)
+        assert tracer.footprint.left == {"lowered": 8 * 16 * 2}
+        tracer.leave_autocast()
+        functional.linear(values, weight)
 
-    assert tracer.footprint.left == {"lowered": 8 * 16 * 2}
+    assert not +Counter(tracer.footprint.left)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +122,26 @@ def test_mixed_precision_keeps_one_copy_of_a_weight_however_often_it_is_used() -
 )
 def test_states_of_optimizers(levers: Levers, dtype: torch.dtype, expected: int) -> None:
     assert optimizer_bytes(levers, [meta(1000, 1000, dtype=dtype)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("levers", "dtype", "on_card", "expected"),
+    [
+        (Levers(), torch.float32, False, 0),
+        (Levers(optimizer="adafactor"), torch.float32, False, 8),
+        (Levers(optimizer="adamw_8bit"), torch.float32, True, 0),
+        (Levers(optimizer_on_cpu=True), torch.float32, False, 0),
+        (Levers(optimizer_on_cpu=True), torch.float32, True, 4),  # the weight
+        (Levers(optimizer_on_cpu=True), torch.bfloat16, False, 4),  # the gradient; there is a master
+        (Levers(optimizer_on_cpu=True, stochastic_rounding=True), torch.bfloat16, True, 8),
+        (Levers(stochastic_rounding=True), torch.bfloat16, False, 8),
+        (Levers(optimizer="adamw_8bit", optimizer_on_cpu=True), torch.float32, False, 24),
+        (Levers(optimizer="adamw_8bit", optimizer_on_cpu=True), torch.bfloat16, False, 28),
+    ],
+)
+def test_what_a_step_takes_for_the_while(levers: Levers, dtype: torch.dtype, on_card: bool, expected: int) -> None:
+    trained = [meta(1000, dtype=dtype), meta(10, dtype=dtype)]
+    assert step_bytes(levers, trained, on_card=on_card) == 1000 * expected
 
 
 def test_levers_as_overrides() -> None:

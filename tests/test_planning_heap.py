@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from rllava_core.cli.heap import TUNABLES, _is_glibc
-from rllava_core.planning.heap import BESIDE, MAPPED, Heap, Recording, extent_of_update
+from rllava_core.planning.heap import BESIDE, KEPT, MAPPED, Heap, Recording, extent_of_update
 
 MIB = 2**20
 
@@ -64,19 +64,38 @@ def test_large_blocks_are_mapped_and_leave_no_hole() -> None:
     heap = Heap()
     heap.free(heap.allocate(MAPPED))
     assert heap.largest_extent == MAPPED
+    assert heap.extent == 0
     heap.allocate(MAPPED - 100)
     assert heap.largest_extent < MAPPED + 200
+
+
+def test_the_end_stays_when_it_is_free_unless_it_is_large() -> None:
+    heap = Heap()
+    heap.free(heap.allocate(8 * MIB))
+    assert heap.extent == pytest.approx(8 * MIB, abs=200)
+    many = [heap.allocate(MAPPED - MIB) for _ in range(KEPT // MAPPED + 2)]
+    assert heap.extent > KEPT
+    for chunk in reversed(many):
+        heap.free(chunk)
+    assert heap.extent < KEPT
+
+
+def test_thresholds_are_those_that_runs_begin_with() -> None:
+    assert {f"glibc.malloc.mmap_threshold={MAPPED}", f"glibc.malloc.trim_threshold={KEPT}"} < set(TUNABLES.split(":"))
 
 
 def test_gradients_of_the_last_step_are_freed_as_the_next_one_updates() -> None:
     """Blocks of 10 MiB: one of activations, and one that stays; the states of the optimizer are two, made after."""
     size = 10 * MIB
     step = Recording([(0, size), (1, size), (0, None)], frozenset({1}))
-    more = extent_of_update([], [step], [size, size])
+    close = 20 * (sum(BESIDE) + 200)
     # [activation, gradient, state], and one state where the first activation was.
-    assert more == pytest.approx(4 * size, abs=20 * (sum(BESIDE) + 200))
-    assert extent_of_update([], [step], []) == pytest.approx(2 * size, abs=20 * (sum(BESIDE) + 200))
-    assert extent_of_update([], [step], [], [size]) == pytest.approx(3 * size, abs=20 * (sum(BESIDE) + 200))
+    assert extent_of_update([], [step], [size, size]).worst == pytest.approx(4 * size, abs=close)
+    assert extent_of_update([], [step], []).worst == pytest.approx(2 * size, abs=close)
+    assert extent_of_update([], [step], [], [size]).worst == pytest.approx(3 * size, abs=close)
+    mapped = Recording([(0, 4 * size), (1, size), (0, None)], frozenset({1}))
+    found = extent_of_update([mapped], [mapped], [])
+    assert found.worst - found.left == 4 * size
 
 
 @pytest.mark.skipif(not _is_glibc(), reason="asks glibc's malloc")

@@ -14,7 +14,8 @@ from rllava_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rllava_core.planning.fitting import Fit
-    from rllava_core.planning.planner import Phase, Plan
+    from rllava_core.planning.phases import Phase
+    from rllava_core.planning.planner import Plan
     from rllava_core.planning.request import Request
 
 UNITS = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}

@@ -70,17 +70,24 @@ def stepped_in(levers: Levers, parameter: Tensor) -> int:
     return 4 if levers.optimizer_on_cpu or levers.stochastic_rounding else parameter.element_size()
 
 
-def step_bytes(levers: Levers, trained: Sequence[Tensor]) -> int:
-    """What a step takes for the while: of streamed ones the largest parameter's, in float32 copies.
+def step_bytes(levers: Levers, trained: Sequence[Tensor], *, on_card: bool) -> int:
+    """What a step takes for the while: of streamed ones the largest parameter's.
 
-    The weight and its gradient, and bitsandbytes on the CPU takes 28 bytes a weight; rounding at random takes pieces.
+    Its gradient in float32, and the weight where no master is kept, if they are not that already, and there;
+    bitsandbytes on the CPU takes 24 bytes a weight, adafactor 8; rounding at random takes pieces.
     """
-    largest = max(parameter.numel() for parameter in trained)
-    if levers.optimizer == "adamw_8bit" and levers.optimizer_on_cpu:
-        return 28 * largest
-    if levers.stochastic_rounding or levers.optimizer_on_cpu or levers.step_in_backward:
-        return 8 * largest
-    return 8 * largest if levers.optimizer == "adafactor" else 0
+    largest = max(trained, key=Tensor.numel)
+    own = 8 if levers.optimizer == "adafactor" else 0
+    if levers.optimizer == "adamw_8bit" and (levers.optimizer_on_cpu or not on_card):
+        own = 24
+    if not (levers.stochastic_rounding or levers.optimizer_on_cpu or levers.step_in_backward):
+        return own * largest.numel()
+    width = stepped_in(levers, largest)
+    narrow = largest.element_size() < width
+    mastered = narrow and levers.optimizer_on_cpu and not levers.stochastic_rounding
+    moved = levers.optimizer_on_cpu and on_card
+    copied = width * (narrow + ((narrow or moved) and not mastered))
+    return (own + copied) * largest.numel()
 
 
 def module_bytes(module: nn.Module) -> int:

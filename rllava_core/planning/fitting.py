@@ -48,22 +48,26 @@ def fitted(planner: Planner, request: Request, budget: int, host: int | None = N
     """
     before = request.levers
     room = _Room(budget, host if request.device == "cuda" else None)
-    enough = MARGIN * budget
-    least = planner.plan(enough=enough)
-    for levers in () if room.holds(least) else _from_fast_to_slow(request):
+    least = planner.plan(holes=False)
+    found = planner.plan() if room.holds(least) else least
+    for levers in () if room.holds(found) else _from_fast_to_slow(request):
         try:
             if not room.may_hold(planner, levers):
                 continue
-            least = min((least, planner.plan(levers, enough)), key=room.lack)
+            # Plans are compared without holes, which are looked for where all else has room.
+            bare = planner.plan(levers, holes=False)
+            least = min((least, bare), key=room.lack)
+            if room.holds(bare):
+                found = planner.plan(levers)
         except ConfigError:
             continue  # such a setting cannot be run
-        if room.holds(least):
+        if room.holds(found):
             break
-    if not room.holds(least):
-        least = min((least, planner.plan(_leanest(request), enough)), key=room.lack)
-        least = planner.plan(least.levers)
-    card = next((size for size in CARDS if least.needed <= MARGIN * size * 2**30), None)
-    return Fit(budget, room.holds(least), least, tuple(least.levers.overrides(before)), card, room.host)
+    if not room.holds(found):
+        least = min((least, planner.plan(_leanest(request), holes=False)), key=room.lack)
+        found = planner.plan(least.levers)
+    card = next((size for size in CARDS if found.needed <= MARGIN * size * 2**30), None)
+    return Fit(budget, room.holds(found), found, tuple(found.levers.overrides(before)), card, room.host)
 
 
 @dataclass(frozen=True)

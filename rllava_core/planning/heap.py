@@ -15,6 +15,9 @@ from typing import TypeAlias
 MAPPED = 32 * 2**20
 """Blocks from which each is mapped by itself, and given back as soon as it is freed."""
 
+KEPT = 2**30
+"""Bytes that are free at the heap's end from which they are given back; fewer stay, for the next step needs them."""
+
 ALIGNED = 64
 """Bytes to which torch has tensors aligned."""
 
@@ -47,11 +50,13 @@ class Heap:
     """glibc's `malloc` with one arena: of the free chunks that are large enough the smallest, or more at the end. Free
     neighbours are joined.
 
-    largest_extent: bytes from the heap's beginning to its end, and of what is mapped, where they were most.
+    largest_extent: bytes from the heap's beginning to where it ends, free or not, and of what is mapped, where they
+        were most.
     """
 
     def __init__(self) -> None:
-        self._end = 0
+        self._end = 0  # of what is in use
+        self._resident = 0
         self._mapped = 0
         self._free: list[tuple[int, int]] = []  # bytes, address; ascending
         self._size_at: dict[int, int] = {}  # of free chunks, by where they begin
@@ -60,7 +65,7 @@ class Heap:
 
     @property
     def extent(self) -> int:
-        return self._end + self._mapped
+        return self._resident + self._mapped
 
     def allocate(self, size: int) -> tuple[int, int]:
         """A block of a tensor's numbers. Returns where its chunk is, and the chunk's bytes; -1 of a mapped one."""
@@ -123,6 +128,7 @@ class Heap:
         index = bisect_left(self._free, (size, 0))
         if index == len(self._free):
             address, self._end = self._end, self._end + size
+            self._resident = max(self._resident, self._end)
             return address, size
         found, address = self._free[index]
         self._remove(address, found)
@@ -142,6 +148,8 @@ class Heap:
             size += behind
         if address + size == self._end:
             self._end = address
+            if self._resident - self._end >= KEPT:
+                self._resident = self._end
         else:
             self._add(address, size)
 
@@ -156,11 +164,18 @@ class Heap:
         del self._begin_of[address + size]
 
 
+@dataclass(frozen=True)
+class Extent:
+    """Bytes of heap and mapped blocks: at the worst moment of a step's passes, and when they are over."""
+
+    worst: int
+    left: int
+
+
 def extent_of_update(
     before: Sequence[Recording], passes: Sequence[Recording], states: Iterable[int], always: Iterable[int] = ()
-) -> int:
-    """Bytes of heap and mapped blocks at the worst moment of a step's forward and backward passes: of the second step,
-    for in the first the optimizer has no states.
+) -> Extent:
+    """What forward and backward passes need in the second step, for in the first the optimizer has no states.
 
     before: what a step computes first (rollouts, references), passes: its micro-batches, which keep gradients.
     states: bytes of the optimizer's states, made at the end of the first step; always: of what is there all the time.
@@ -180,7 +195,7 @@ def extent_of_update(
     heap.largest_extent = heap.extent
     for recording in passes:
         heap.play(recording)
-    return heap.largest_extent
+    return Extent(heap.largest_extent, heap.extent)
 
 
 def _chunk(size: int) -> int:

@@ -220,6 +220,7 @@ class Laboratory:
                 if how.entropy:
                     loss = loss + output.entropies.sum()
                 del output
+                tracer.leave_autocast()  # as the engine does, before the backward pass
                 until(1)
                 backward(loss)
                 until(4)
@@ -272,6 +273,7 @@ class Laboratory:
         hooks = _label_vision(self.policy, tracer)
         try:
             with torch.no_grad(), tracer:
+                tracer.leave_autocast()  # which keeps copies of what is trained
                 self.policy(batch)
                 return [tracer.stage()]
         finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from rllava_core.planning.planner import _Parts
+    from rllava_core.planning.phases import Parts
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,13 @@ class Machine:
         bandwidth = 2 * big.nbytes / (added - multiplied)
         return cls(4 * 2 * 768**3 / (multiplied - began), bandwidth, bandwidth)
 
-    def seconds(self, parts: _Parts) -> Seconds:
+    def seconds(self, parts: Parts) -> Seconds:
         request, subject, levers = parts.request, parts.subject, parts.request.levers
         workload = request.workload
         rollout = 0.0
         if request.rollouts:
-            groups = max(1, min(request.own_prompts, levers.max_sequences // workload.group_size))
-            chunks = -(-request.own_prompts // groups) * workload.turns
-            sampling = subject.sampling(groups, workload.group_size)
+            chunks = -(-request.own_prompts // parts.groups) * workload.turns
+            sampling = subject.sampling(parts.groups, workload.group_size)
             steps = 1 if workload.choices is not None else workload.answer_tokens
             # A token needs all weights once, and the cache of its sequence.
             read = steps * (subject.weights + sampling.peak.get("cache", 0))

@@ -65,7 +65,8 @@ class Tracer:
 
     def __init__(self, vocabulary: int, autocast: torch.dtype | None = None) -> None:
         self._vocabulary = vocabulary
-        self._modes = (_Functions(self, autocast), _Dispatch(self))
+        self._functions = _Functions(self, autocast)
+        self._modes = (self._functions, _Dispatch(self))
         self._stack = ExitStack()
         self.label = "activations"
         self._held: dict[int, tuple[str, int, Any]] = {}  # by address of the storage
@@ -100,6 +101,11 @@ class Tracer:
         self._peak, self._peak_total = Counter(self._live), self._total
         self.flops = 0
         return found
+
+    def leave_autocast(self) -> None:
+        """Copies of weights are let go; from here on each is made anew where it is needed, as where layers are computed
+        again, or in a model that is not trained."""
+        self._functions.copies = None
 
     def forget(self, tensor: Tensor) -> None:
         """Do not count a tensor any more that was allocated in here."""
@@ -237,7 +243,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self._tracer = tracer
         self._autocast = autocast
-        self._cast: dict[int, tuple[Tensor, Tensor]] = {}
+        self.copies: dict[int, tuple[Tensor, Tensor]] | None = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -252,11 +258,16 @@ class _Functions(TorchFunctionMode):
             return tensor
         if not (tensor.is_leaf and tensor.requires_grad):
             return tensor.to(self._autocast)
-        # Autocast keeps the casts of weights until it is left.
-        if id(tensor) not in self._cast:
-            self._cast[id(tensor)] = (tensor, tensor.to(self._autocast))
-            self._tracer.rename(self._cast[id(tensor)][1], LOWERED)
-        return self._cast[id(tensor)][1]
+        before, self._tracer.label = self._tracer.label, LOWERED
+        try:
+            if self.copies is None:
+                return tensor.to(self._autocast)
+            # Autocast keeps the casts of weights until it is left.
+            if id(tensor) not in self.copies:
+                self.copies[id(tensor)] = (tensor, tensor.to(self._autocast))
+            return self.copies[id(tensor)][1]
+        finally:
+            self._tracer.label = before
 
 
 def _fused_attention(

@@ -255,24 +255,40 @@ def test_frozen_parts_see_each_image_once(config: Path) -> None:
     assert phase(bounded, "update")["host"]["encoded images"] == 1000
 
 
-def test_holes_of_the_heap_are_looked_for_on_the_cpu_and_where_there_is_room(config: Path) -> None:
+def phases_of(config: Path, *overrides: str, holes: bool = True, **changes: Any) -> dict[str, dict[str, int]]:
+    from dataclasses import replace
+
     from rllava_core.config import load
     from rllava_core.planning.planner import Planner
     from rllava_core.planning.request import request_of_config
     from rllava_core.planning.timing import Machine
 
     sizes = {"image": (32, 32), "images": 1, "prompt_tokens": 64, "turns": 1}
-    request = request_of_config(load(config, ["training.micro_batch_tokens=512"], load_plugins()), sizes)
-    planner = Planner(request, Machine.this_cpu())
-    without, whole = (
-        {phase.name: phase.host for phase in planner.plan(enough=enough).phases} for enough in (0, float("inf"))
-    )
+    request = replace(request_of_config(load(config, overrides, load_plugins()), sizes), **changes)
+    plan = Planner(request, Machine.card(100, 100)).plan(holes=holes)
+    return {phase.name: dict(phase.host) for phase in plan.phases}
 
-    holes = whole["update"]["holes of the heap"]
-    assert 0 < holes < sum(without["update"].values())
-    assert {**without, "update": {**without["update"], "holes of the heap": holes}} == whole
-    on_card = planned(config, "training.micro_batch_tokens=512", "--device", "cuda")
-    assert "holes of the heap" not in phase(on_card, "update")["host"]
+
+def test_what_is_free_in_the_heap_is_looked_for_on_the_cpu(config: Path) -> None:
+    small = "training.micro_batch_tokens=512"
+    without, whole = phases_of(config, small, holes=False), phases_of(config, small)
+
+    free = whole["update"]["free in the heap"]
+    assert 0 < free < sum(without["update"].values())
+    for phases in (whole["update"], whole["optimizer"]):
+        phases.pop("free in the heap")
+    assert whole == without
+    assert "free in the heap" not in phases_of(config, small, device="cuda")["update"]
+    # What processes send each other is not played, nor are the parts that the others hold.
+    shared = {"processes": 2, "divided": frozenset({"gradients", "states"})}
+    assert "free in the heap" not in phases_of(config, small, **shared)["update"]
+
+
+def test_a_smaller_last_micro_batch_hides_none_of_the_others(config: Path) -> None:
+    """The heap of five prompts in micro-batches of two, two and one is that of four in two and two."""
+    tokens = "training.micro_batch_tokens=300"
+    four, five = (phases_of(config, tokens, f"training.prompts_per_step={prompts}") for prompts in (4, 5))
+    assert five["update"]["free in the heap"] == pytest.approx(four["update"]["free in the heap"], rel=0.1)
 
 
 def test_sampling_while_training_takes_its_memory_beside_what_training_takes(config: Path) -> None:
